@@ -1,0 +1,228 @@
+"""Schemes: which codec each role (K or V) of the cache uses. The only place that knows the presets.
+
+A scheme is written as
+
+* ``hq3``, ``hq3.5``, ``hq4``, ``hq5``: our presets (see :data:`PRESETS`),
+* ``paper:s{S}_r{r}[+med3]``: arXiv 2605.27646 to the letter, S in 1…1024, r in 1…8,
+* ``fp16``: the same plumbing with nothing compressed,
+* ``k=<scheme>,v=<scheme>``: K and V differ,
+
+each with an optional ``@p{page}`` at the end, for instance ``hq4@p128``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from hqmq_trt.errors import HqmqError
+
+ROLES = ("key", "value")
+DEFAULT_PAGE_SIZE = 64
+MAX_SECONDARIES = 1024
+MAX_RADIUS_BITS = 8
+OUTLIER_FACTOR = 3.0
+"""C of Med3x (paper): a chunk is an outlier when its norm exceeds C times the median of its page."""
+DEFAULT_OUTLIER_FRACTION = 1 / 8
+"""Share of a page's chunks that may be outliers; K averages 5-10 %, single layers reach 25 %."""
+
+
+class Storage(IntEnum):
+    """How `codes` holds a token (values are part of the operator contract)."""
+
+    FP16 = 0
+    HQMQ = 1
+
+
+class Gain(IntEnum):
+    """How a chunk's radius is quantised (values are part of the operator contract).
+
+    MAX: paper. Levels 0…2^r-1 times a scale of (largest norm of the token) / (2^r-1); radius = norm.
+    RMS: ours. Lloyd-Max levels times the RMS of the token's elements; radius = projection on the codeword.
+    """
+
+    MAX = 0
+    RMS = 1
+
+
+@dataclass(frozen=True)
+class RoleScheme:
+    """The codec of one role.
+
+    Attributes:
+        name: canonical spelling, for instance ``hq4`` or ``paper:s96_r4+med3``.
+        storage: packed quaternion codes, or plain fp16.
+        secondaries: S, number of secondary quaternions; the codebook has 24*S words.
+        radius_bits: r, bits of the quantised radius.
+        optimised: secondaries optimised offline (ours) instead of Haar-random (paper).
+        gain: how the radius is quantised.
+        hadamard: rotate head_dim by an orthonormal Walsh-Hadamard matrix before quantising.
+        page_mean: store the token minus the mean of its page.
+        outlier_fraction: capacity for Med3x outliers as a share of a page's chunks; 0 switches Med3x off.
+    """
+
+    name: str
+    storage: Storage = Storage.HQMQ
+    secondaries: int = 1
+    radius_bits: int = 1
+    optimised: bool = False
+    gain: Gain = Gain.MAX
+    hadamard: bool = False
+    page_mean: bool = False
+    outlier_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.secondaries <= MAX_SECONDARIES:
+            raise HqmqError(
+                f"scheme '{self.name}': S={self.secondaries} secondaries is outside 1…{MAX_SECONDARIES}"
+            )
+        if not 1 <= self.radius_bits <= MAX_RADIUS_BITS:
+            raise HqmqError(
+                f"scheme '{self.name}': r={self.radius_bits} radius bits is outside 1…{MAX_RADIUS_BITS}"
+            )
+        if not 0.0 <= self.outlier_fraction <= 1.0:
+            raise HqmqError(f"scheme '{self.name}': outlier fraction {self.outlier_fraction} is outside 0…1")
+
+    @property
+    def med3(self) -> bool:
+        """Whether outliers are kept in fp16 (paper, Med3x)."""
+        return self.outlier_fraction > 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether tokens are stored as quaternion codes."""
+        return self.storage is Storage.HQMQ
+
+    @property
+    def index_bits(self) -> int:
+        """Whole bits that index one of 12*S codewords up to sign."""
+        return math.ceil(math.log2(12 * self.secondaries))
+
+    @property
+    def code_bits(self) -> int:
+        """Stored bits of one chunk: codeword index, radius level, sign."""
+        return self.index_bits + self.radius_bits + 1
+
+    def outlier_capacity(self, head_dim: int, page_size: int) -> int:
+        """Outlier slots of one page and head, in chunks."""
+        return math.ceil(self.outlier_fraction * page_size * (head_dim // 4)) if self.med3 else 0
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise HqmqError when vectors of `head_dim` elements cannot be coded."""
+        if head_dim <= 0 or head_dim % 4:
+            raise HqmqError(
+                f"head_dim {head_dim} is not divisible by 4: HQMQ codes chunks of four elements; "
+                "use scheme fp16 or another model"
+            )
+        if self.hadamard and head_dim & (head_dim - 1):
+            raise HqmqError(
+                f"scheme '{self.name}' rotates by a Hadamard matrix and needs head_dim to be a power of two, "
+                f"not {head_dim}; use a paper:s{{S}}_r{{r}} scheme"
+            )
+
+
+def _hq(name: str, secondaries: int, radius_bits: int) -> tuple[RoleScheme, RoleScheme]:
+    value = RoleScheme(
+        name,
+        secondaries=secondaries,
+        radius_bits=radius_bits,
+        optimised=True,
+        gain=Gain.RMS,
+        hadamard=True,
+    )
+    return replace(value, page_mean=True), value
+
+
+_FP16 = RoleScheme("fp16", storage=Storage.FP16)
+PRESETS: dict[str, tuple[RoleScheme, RoleScheme]] = {
+    "hq3": _hq("hq3", 21, 3),
+    "hq3.5": _hq("hq3.5", 85, 3),
+    "hq4": _hq("hq4", 170, 4),
+    "hq5": _hq("hq5", 682, 6),
+    "fp16": (_FP16, _FP16),
+}
+"""Preset name → (key codec, value codec). To change a preset, edit this table."""
+
+OPTIMISED_SECONDARIES = (21, 42, 85, 170, 341, 682)
+"""S for which data/codebooks.npz holds optimised secondaries: floor(2^k / 24) fills whole bits."""
+
+_PAPER = re.compile(r"paper:s(\d+)_r(\d+)(\+med3)?")
+_ROLES = re.compile(r"k=([^,]+),v=([^,]+)")
+_PAGE = re.compile(r"(.*)@p(\d+)")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A whole scheme: the codecs of K and V and the page they share.
+
+    Attributes:
+        key, value: codec of each role.
+        page_size: P, tokens of one page; a power of two.
+        seed: seed of the codebooks (Haar secondaries, or the turn of the optimised ones).
+    """
+
+    key: RoleScheme
+    value: RoleScheme
+    page_size: int = DEFAULT_PAGE_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.page_size <= 1024 or self.page_size & (self.page_size - 1):
+            raise HqmqError(
+                f"page size {self.page_size} is not a power of two in 8…1024; choose 32, 64, 128 or 256"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise HqmqError(f"seed {self.seed} is outside 0…2^63-1")
+
+    @property
+    def name(self) -> str:
+        """Canonical spelling; ``Scheme.parse(s.name, s.seed) == s``."""
+        base = self.key.name if self.key.name == self.value.name else f"k={self.key.name},v={self.value.name}"
+        return base if self.page_size == DEFAULT_PAGE_SIZE else f"{base}@p{self.page_size}"
+
+    def role(self, role: str) -> RoleScheme:
+        """The codec of ``"key"`` or ``"value"``."""
+        return {"key": self.key, "value": self.value}[role]
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raise HqmqError when this scheme cannot code heads of `head_dim` elements."""
+        for role in (self.key, self.value):
+            if role.packed:
+                role.check_head_dim(head_dim)
+        if head_dim % 2:
+            raise HqmqError(f"head_dim {head_dim} is odd: two fp16 elements share a word")
+
+    @staticmethod
+    def parse(text: str, seed: int = 0) -> Scheme:
+        """Parse the spelling described in the module docstring.
+
+        Raises:
+            HqmqError: unknown spelling, or a value outside its range.
+        """
+        body, page = text.strip(), DEFAULT_PAGE_SIZE
+        if match := _PAGE.fullmatch(body):
+            body, page = match[1], int(match[2])
+        names = tuple(match.groups()) if (match := _ROLES.fullmatch(body)) else (body, body)
+        key, value = (_pair(name, text) for name in names)
+        return Scheme(key[0], value[1], page, seed)
+
+
+def _pair(name: str, text: str) -> tuple[RoleScheme, RoleScheme]:
+    if name in PRESETS:
+        return PRESETS[name]
+    if match := _PAPER.fullmatch(name):
+        secondaries, radius_bits = int(match[1]), int(match[2])
+        canonical = f"paper:s{secondaries}_r{radius_bits}{match[3] or ''}"
+        role = RoleScheme(
+            canonical,
+            secondaries=secondaries,
+            radius_bits=radius_bits,
+            outlier_fraction=DEFAULT_OUTLIER_FRACTION if match[3] else 0.0,
+        )
+        return role, role
+    raise HqmqError(
+        f"unknown scheme '{text}': use one of {', '.join(PRESETS)}, paper:s{{S}}_r{{r}}[+med3], "
+        "or k=<scheme>,v=<scheme>, each with an optional @p{page}"
+    )
