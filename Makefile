@@ -1,0 +1,53 @@
+# Set-up, checks and the demo. `make demo` and `make test` do everything on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := build/dev
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup build demo test lint format bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ready ## Make .venv with the pinned packages and the hqmq-trt command
+
+$(VENV)/.ready: requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 12); \
+	  sys.exit(0 if ok else "Python 3.10-3.12 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	@command -v c++ >/dev/null || { echo 'a C++17 compiler is needed: apt-get install g++'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	uv pip install --quiet -r requirements/dev.txt
+	uv pip install --quiet --no-deps --no-build-isolation -C wheel.cmake=false -e .
+	touch $@
+
+build: setup ## Compile the C++ libraries into hqmq_trt/_lib
+	test -f $(BUILD)/build.ninja || cmake --preset dev
+	cmake --build $(BUILD)
+	cmake --install $(BUILD) --prefix . >/dev/null
+
+demo: build ## SmolLM2-135M with an hq4 cache beside fp16, in ONNX Runtime
+	$(BIN)/python samples/demo.py
+
+test: build lint ## All tests that this machine can run
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, clang-format
+	ruff check .
+	ruff format --check .
+	mypy
+	find plugins -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs clang-format --dry-run --Werror
+
+format: setup ## Apply ruff and clang-format
+	ruff check --fix .
+	ruff format .
+	find plugins -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs clang-format -i
+
+bench: build ## Encoding and decode attention against their baselines
+	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/attention.py
+
+clean: ## Remove what was built (keeps .venv and models)
+	rm -rf build hqmq_trt/_lib dist
