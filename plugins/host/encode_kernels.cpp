@@ -1,0 +1,160 @@
+// Compiled once per instruction set (CMakeLists.txt). No function templates of the standard library
+// here: the linker would keep one copy for all sets.
+#include "encode_kernels.h"
+
+#include <cstring>
+
+#include "codec/encode.h"
+#include "codec/simd.h"
+#include "hqmq_host.h"
+
+namespace hqmq {
+inline namespace HQMQ_ISA {
+namespace {
+
+using L = Lanes<F32x8>;
+
+void Search(const float* chunks, int64_t n, const float* secondaries, int32_t count, int32_t* word,
+            uint8_t* negative, float* projection) {
+  for (int64_t start = 0; start < n; start += 8) {
+    const int filled = n - start < 8 ? static_cast<int>(n - start) : 8;
+    alignas(32) float lanes[4][8] = {};
+    for (int i = 0; i < filled; ++i) {
+      for (int k = 0; k < 4; ++k) lanes[k][i] = chunks[4 * (start + i) + k];
+    }
+    const F32x8 x[4] = {L::Load(lanes[0]), L::Load(lanes[1]), L::Load(lanes[2]), L::Load(lanes[3])};
+    const Nearest<F32x8> near = NearestWord(x, secondaries, count);
+    for (int i = 0; i < filled; ++i) {
+      word[start + i] = static_cast<int32_t>(near.word.v[i]);
+      negative[start + i] = near.negative.v[i] != 0.0f;
+      projection[start + i] = near.projection.v[i];
+    }
+  }
+}
+
+bool ToHalf(const void* from, int32_t dtype, int64_t n, uint16_t* to) {
+  if (dtype == HQMQ_FLOAT16) {
+    memcpy(to, from, n * sizeof(uint16_t));
+  } else if (dtype == HQMQ_BFLOAT16) {
+    const auto* bits = static_cast<const uint16_t*>(from);
+    for (int64_t i = 0; i < n; ++i) to[i] = HalfFromFloat(FloatFromBf16(bits[i]));
+  } else {
+    const auto* values = static_cast<const float*>(from);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) L::StoreHalf(L::Load(values + i), to + i);
+    for (; i < n; ++i) to[i] = HalfFromFloat(values[i]);
+  }
+  bool bad = false;
+  for (int64_t i = 0; i < n; ++i) bad |= (to[i] & 0x7C00) == 0x7C00;
+  return !bad;
+}
+
+// Mean over the page of one element: x is [P/8] vectors of eight tokens each, token t in lane t
+// mod 8.
+float TokenSum(F32x8* x, int count) {
+  alignas(32) float lanes[8];
+  L::Store(TreeSum(x, count), lanes);
+  return TreeSum(lanes, 8);
+}
+
+int MarkOutliers(const PageJob& job, int chunks, F32x8* norm2, const F32x8* x) {
+  const RoleParams& role = *job.role;
+  const int mask_words = MaskWords(role);
+  auto* norms = reinterpret_cast<float*>(norm2);
+  const auto* values = reinterpret_cast<const float*>(x);
+  const auto at = [&](int i) -> float& {
+    const int t = i / chunks, c = i % chunks;
+    return norms[(t / 8 * chunks + c) * 8 + t % 8];
+  };
+  memset(job.outlier_mask, 0, mask_words * sizeof(int32_t));
+  memset(job.outlier_value, 0, role.outlier_capacity * 4 * sizeof(uint16_t));
+  uint16_t* slot = job.outlier_value;
+  const int dropped =
+      ChooseOutliers(at, role.page_size * chunks, role.outlier_capacity, [&](int i) {
+        const int t = i / chunks, c = i % chunks;
+        const uint32_t word = static_cast<uint32_t>(job.outlier_mask[i / 32]);
+        job.outlier_mask[i / 32] = static_cast<int32_t>(word | 1u << (i % 32));
+        for (int k = 0; k < 4; ++k) {
+          const float value = values[(t / 8 * role.head_dim + 4 * c + k) * 8 + t % 8];
+          *slot++ = HalfFromFloat(Max(-kHalfMax, Min(value, kHalfMax)));
+        }
+        at(i) = kOutlierMark;
+      });
+  job.outlier_mask[mask_words - 1] = dropped;
+  return dropped;
+}
+
+int EncodePage(const PageJob& job) {
+  const RoleParams& role = *job.role;
+  const Layout layout = MakeLayout(role);
+  const int d = role.head_dim, chunks = d / 4, groups = role.page_size / 8;
+  // Eight tokens side by side: x[group * D + element].
+  auto* x = reinterpret_cast<F32x8*>(job.scratch);
+  F32x8* norm2 = x + groups * d;
+  F32x8* column = norm2 + groups * chunks;
+  F32x8* row = column + groups;
+
+  const float hadamard_scale = role.hadamard ? HadamardScale(d) : 1.0f;
+  for (int g = 0; g < groups; ++g) {
+    auto* lanes = reinterpret_cast<float*>(x + g * d);
+    for (int t = 0; t < 8; ++t) {
+      const uint16_t* token = job.rows + (8 * g + t) * d;
+      for (int i = 0; i < d; ++i) lanes[8 * i + t] = FloatFromHalf(token[i]);
+    }
+    if (role.hadamard) Hadamard(x + g * d, d, hadamard_scale);
+  }
+
+  if (role.page_mean) {
+    for (int i = 0; i < d; ++i) {
+      for (int g = 0; g < groups; ++g) column[g] = x[g * d + i];
+      const float mean = Mul(TokenSum(column, groups), 1.0f / static_cast<float>(role.page_size));
+      job.mean[i] = HalfFromFloat(mean);
+      const F32x8 stored = L::Set(FloatFromHalf(job.mean[i]));
+      for (int g = 0; g < groups; ++g) x[g * d + i] = Sub(x[g * d + i], stored);
+    }
+  }
+
+  alignas(32) float finite[1024];  // of each token: 1 or 0
+  for (int g = 0; g < groups; ++g) {
+    Mask8 all = LessEqual(L::Set(0.0f), L::Set(0.0f));
+    for (int c = 0; c < chunks; ++c) {
+      norm2[g * chunks + c] = SquaredNorm(x + g * d + 4 * c);
+      all = And(all, IsFinite(norm2[g * chunks + c]));
+    }
+    for (int c = 0; c < chunks; ++c) {
+      norm2[g * chunks + c] = Select(all, norm2[g * chunks + c], L::Set(0.0f));
+    }
+    L::Store(Select(all, L::Set(1.0f), L::Set(0.0f)), finite + 8 * g);
+  }
+
+  const int dropped = role.outlier_capacity > 0 ? MarkOutliers(job, chunks, norm2, x) : 0;
+
+  memset(job.codes, 0, static_cast<size_t>(role.page_size) * layout.words * sizeof(int32_t));
+  for (int g = 0; g < groups; ++g) {
+    for (int c = 0; c < chunks; ++c) row[c] = norm2[g * chunks + c];
+    uint16_t* scales = job.scales + 8 * g;
+    L::StoreHalf(TokenScale(role.gain, role.radius_bits, row, chunks), scales);
+    const F32x8 step = L::LoadHalf(scales);
+    for (int c = 0; c < chunks; ++c) {
+      const F32x8 code = ChunkCode(role, layout, x + g * d + 4 * c, norm2[g * chunks + c], step,
+                                   job.secondaries, job.middles);
+      int32_t codes[8];
+      L::StoreInt(code, codes);
+      for (int t = 0; t < 8; ++t) {
+        PackCode(layout, c, static_cast<uint32_t>(codes[t]),
+                 job.codes + (8 * g + t) * layout.words);
+      }
+    }
+    for (int t = 0; t < 8; ++t) {
+      if (finite[8 * g + t] == 0.0f) scales[t] = kHalfNan;
+    }
+  }
+  return dropped;
+}
+
+}  // namespace
+}  // namespace HQMQ_ISA
+
+const EncodeKernels HQMQ_ISA_NAME(kEncodeKernels) = {Search, ToHalf, EncodePage};
+
+}  // namespace hqmq
