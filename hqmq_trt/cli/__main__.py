@@ -1,0 +1,5 @@
+"""``python -m hqmq_trt.cli``."""
+
+from hqmq_trt.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""The HTML report of a comparison: one self-contained file, plots as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, PackageLoader
+
+from hqmq_trt.diff.compare import DiffResult
+from hqmq_trt.scheme import ROLES
+
+REFERENCE_NAMES = {
+    "unpacked": "PyTorch, unpacked cache",
+    "same": "PyTorch, same HqmqCache",
+}
+ROWS = {
+    "mean_kl": "mean KL (nats)",
+    "median_kl": "median KL",
+    "p99_kl": "99% of positions below",
+    "max_kl": "largest KL",
+    "top1": "top-1 agreement",
+    "perplexity_reference": "perplexity of the reference",
+    "perplexity": "perplexity",
+    "positions": "positions",
+}
+"""Rows of the tables, by key of LogitComparison.summary."""
+
+_FLOOR = 1e-12
+
+
+def show(name: str, value: float) -> str:
+    """One number of LogitComparison.summary for people."""
+    if name == "positions":
+        return str(value)
+    if name == "top1":
+        return f"{100 * value:.2f}%"
+    return f"{value:.3f}" if name.startswith("perplexity") else f"{value:.2e}"
+
+
+def write_report(result: DiffResult, path: Path, source: str, versions: dict[str, str | None]) -> None:
+    """Write the report of `result` to `path`; `source` names the PyTorch model."""
+    summaries = {name: found.summary() for name, found in result.logits.items()}
+    environment = Environment(loader=PackageLoader("hqmq_trt.diff", "."), autoescape=True, trim_blocks=False)
+    page = environment.get_template("report.html.j2").render(
+        title=f"{result.manifest.scheme} ({result.manifest.mode}) against {source}",
+        facts=[
+            ("tokens read in chunks", result.tokens),
+            ("tokens read one by one", result.decode_steps),
+            ("scheme, seed", f"{result.manifest.scheme}, {result.manifest.seed}"),
+            ("bytes of the cache", f"{sum(result.cache_bytes.values()):,}"),
+        ],
+        logits=[REFERENCE_NAMES[name] for name in summaries],
+        rows=[(label, [show(key, summary[key]) for summary in summaries.values()]) for key, label in ROWS.items()],
+        figures=_figures(result),
+        layers=result.layers,
+        footer=", ".join(f"{name} {version}" for name, version in versions.items() if version),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def _figures(result: DiffResult) -> list[tuple[str, str]]:
+    figures = [
+        ("KL by position; the dotted line is where tokens are read one by one.", _positions(result)),
+        ("How KL is distributed over positions.", _histogram(result)),
+    ]
+    if result.layers:
+        figures.append(("Relative mean squared error of K and V in the running cache, by layer.", _layers(result)))
+    return figures
+
+
+def _positions(result: DiffResult) -> str:
+    figure, axes = _axes()
+    for name, found in result.logits.items():
+        axes.semilogy(np.maximum(found.kl, _FLOOR), ".", markersize=3, label=REFERENCE_NAMES[name])
+    axes.axvline(result.tokens, color="gray", linestyle=":")
+    axes.set_xlabel("position")
+    axes.set_ylabel("KL (nats)")
+    return _svg(figure, axes)
+
+
+def _histogram(result: DiffResult) -> str:
+    figure, axes = _axes()
+    logs = {name: np.log10(np.maximum(found.kl, _FLOOR)) for name, found in result.logits.items()}
+    low = min(values.min() for values in logs.values())
+    high = max(values.max() for values in logs.values())
+    bins = np.linspace(low, high if high > low else low + 1, 50)
+    for name, values in logs.items():
+        axes.hist(values, bins=bins, alpha=0.6, label=REFERENCE_NAMES[name])
+    axes.set_xlabel("log10 KL")
+    axes.set_ylabel("positions")
+    return _svg(figure, axes)
+
+
+def _layers(result: DiffResult) -> str:
+    figure, axes = _axes()
+    for offset, role in zip((-0.2, 0.2), ROLES, strict=True):
+        errors = [error for error in result.layers if error.role == role]
+        axes.bar([error.layer + offset for error in errors], [error.in_run for error in errors], 0.4, label=role)
+        axes.plot(
+            [error.layer + offset for error in errors], [error.codec for error in errors], "k_", markersize=5,
+            label="codec alone" if role == ROLES[0] else None,
+        )
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative MSE")
+    return _svg(figure, axes)
+
+
+def _axes() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any, axes: Any) -> str:
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    text = io.StringIO()
+    # A fixed salt and no date: equal results give equal files.
+    with matplotlib.rc_context({"svg.hashsalt": "hqmq-trt"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

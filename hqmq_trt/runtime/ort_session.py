@@ -1,0 +1,162 @@
+"""A Session on ONNX Runtime: the cache lives in buffers of ours that every run updates in place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from hqmq_trt.errors import HqmqError
+from hqmq_trt.ort_library import register
+from hqmq_trt.runtime.session import DEFAULT_PREFILL_CHUNK, Logits, Session
+
+_ALIGNMENT = 64
+_ONNX_TYPE = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int32": TensorProto.INT32,
+}
+_NUMPY_TYPE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32}
+_NODE_ERROR = re.compile(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", re.DOTALL)
+
+
+class OrtSession(Session):
+    """Runs an exported folder in ONNX Runtime on the CPU.
+
+    past.* and present.* of the graph are bound to the same memory, so that a run only writes new tokens. The cache
+    is `max_batch` x `max_context`; a run over fewer sequences binds the front part of each tensor. After a run that
+    raised, reset the sequences it took part in.
+
+    Args:
+        folder: what `hqmq-trt export` wrote.
+        max_batch, max_context, prefill_chunk: see Session.
+        threads: of ONNX Runtime; 0 leaves it the choice.
+
+    Raises:
+        HqmqError: a folder that is not ours or damaged, a missing library, or a model ONNX Runtime refuses.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        max_batch: int = 1,
+        max_context: int = 2048,
+        prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        threads: int = 0,
+    ) -> None:
+        super().__init__(folder, max_batch, max_context, prefill_chunk)
+        if threads < 0:
+            raise HqmqError(f"threads {threads} is negative; 0 lets ONNX Runtime choose")
+        self._path = self.folder / self.manifest.model_file
+        self.manifest.verify_codebooks(self._path)
+        self._session = self._load(threads)
+        self._cache = {
+            name: _zeros(spec.shape, _NUMPY_TYPE[spec.dtype])
+            for name, spec in self.manifest.cache(max_batch, self.num_pages)
+        }
+        self._check_interface()
+        self._bindings: dict[int, ort.IOBinding] = {}
+        self._logits = np.empty(0, _NUMPY_TYPE[self.manifest.logits_dtype])
+
+    def cache_nbytes(self) -> dict[str, int]:
+        """Bytes of the cache buffers by kind of tensor."""
+        total: dict[str, int] = {}
+        for name, buffer in self._cache.items():
+            kind = name.rsplit(".", 1)[1]
+            total[kind] = total.get(kind, 0) + buffer.nbytes
+        return total
+
+    def cache_buffers(self, layer: int, role: str) -> list[NDArray[Any]]:
+        """The live buffers of one layer and role (``key`` or ``value``), in the order of format.cache_tensors."""
+        return [buffer for name, buffer in self._cache.items() if name.startswith(f"{layer}.{role}.")]
+
+    def _load(self, threads: int) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        register(options)
+        try:
+            return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a type per status code, with no base of their own
+            raise HqmqError(f"{self._path}: ONNX Runtime cannot load it: {_one_line(error)}") from error
+
+    def _check_interface(self) -> None:
+        steps = {"input_ids", "past_length", "new_length", "logits_index"}
+        found = {value.name for value in self._session.get_inputs()}
+        wanted = steps | {f"past.{name}" for name in self._cache}
+        if found != wanted:
+            odd = sorted(found ^ wanted)
+            raise HqmqError(
+                f"{self._path}: its inputs differ from manifest.json at '{odd[0]}'; export the model again"
+            )
+
+    def _run(
+        self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
+    ) -> Logits:
+        batch, count = logits_index.shape
+        shape = (batch, count, self.manifest.vocab_size)
+        size = int(np.prod(shape))
+        if self._logits.size < size:
+            self._logits = np.empty(size, self._logits.dtype)
+        binding = self._binding(batch)
+        binding.bind_cpu_input("input_ids", input_ids)
+        binding.bind_cpu_input("past_length", self.lengths[:batch].copy())
+        binding.bind_cpu_input("new_length", new_length)
+        binding.bind_cpu_input("logits_index", logits_index)
+        logits_type = _ONNX_TYPE[self.manifest.logits_dtype]
+        binding.bind_output("logits", "cpu", 0, logits_type, shape, self._logits.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # see _load
+            raise HqmqError(f"{self._path}: {_one_line(error)}") from error
+        return _float32(self._logits[:size].reshape(shape))
+
+    def _binding(self, batch: int) -> ort.IOBinding:
+        """Binding of the cache for sequences 0…batch-1, made once for each batch size."""
+        if batch not in self._bindings:
+            binding = self._session.io_binding()
+            for name, spec in self.manifest.cache(batch, self.num_pages):
+                place = ("cpu", 0, _ONNX_TYPE[spec.dtype], spec.shape, self._cache[name].ctypes.data)
+                binding.bind_input(f"past.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+            binding.bind_output("present_length", "cpu")
+            self._bindings[batch] = binding
+        return self._bindings[batch]
+
+    def present_pointers(self) -> dict[str, tuple[int, int]]:
+        """Address of each cache tensor's buffer and of the output ONNX Runtime wrote in the last run, by name."""
+        binding = self._bindings[max(self._bindings)]
+        names = [value.name for value in self._session.get_outputs()]
+        written = dict(zip(names, binding.get_outputs(), strict=True))
+        return {
+            name: (buffer.ctypes.data, written[f"present.{name}"].data_ptr()) for name, buffer in self._cache.items()
+        }
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Zeros at an aligned address; the kernel hands out memory only where the cache is written."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _float32(logits: NDArray[Any]) -> Logits:
+    """A float32 copy of logits; bfloat16 comes as its bits."""
+    if logits.dtype == np.uint16:
+        return (logits.astype(np.uint32) << 16).view(np.float32)
+    return logits.astype(np.float32)
+
+
+def _one_line(error: Exception) -> str:
+    """ONNX Runtime's message without its status codes: the node that failed, and why."""
+    text = str(error)
+    if match := _NODE_ERROR.search(text):
+        text = f"{match[1]} node '{match[2]}': {match[3]}"
+    return " ".join(text.split())
