@@ -1,0 +1,364 @@
+"""The native host library (plugins/host): finding, checking and calling it from Python.
+
+The library is ``libhqmq_host.so`` in the folder named by the environment variable HQMQ_LIBRARY_DIR, or else in
+``hqmq_trt/_lib``. Arrays are CPU torch tensors or numpy arrays; every mistake is an HqmqError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hqmq_trt.errors import HqmqError
+from hqmq_trt.format import FORMAT_VERSION, cache_tensors, words_per_token
+from hqmq_trt.scheme import RoleScheme
+
+LIBRARY_DIR_VARIABLE = "HQMQ_LIBRARY_DIR"
+HOST_LIBRARY = "libhqmq_host.so"
+_REBUILD = "rebuild it with: pip install . (or cmake --preset dev, --build and --install build/dev --prefix .)"
+
+Array = Tensor | NDArray[np.generic]
+
+
+class RoleParams(Structure):
+    """hqmq_role_params of plugins/host/hqmq_host.h."""
+
+    _fields_ = [  # noqa: RUF012
+        (name, c_int32)
+        for name in (
+            "storage",
+            "gain",
+            "head_dim",
+            "page_size",
+            "secondaries",
+            "radius_bits",
+            "hadamard",
+            "page_mean",
+            "outlier_capacity",
+        )
+    ]
+
+
+class RoleCache(Structure):
+    """hqmq_role_cache: pointers to the tensors of one layer and role; None where the scheme has none."""
+
+    _fields_ = [  # noqa: RUF012
+        (name, c_void_p) for name in ("codes", "scales", "mean", "outlier_mask", "outlier_value", "tail")
+    ]
+
+
+class Rows(Structure):
+    """hqmq_rows: activations [B, H, T, D] with strides in elements."""
+
+    _fields_ = [  # noqa: RUF012
+        ("data", c_void_p),
+        ("dtype", c_int32),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("name", c_char_p),
+    ]
+
+
+class Layout(Structure):
+    """hqmq_layout: the bit layout of one token as C++ computes it."""
+
+    _fields_ = [  # noqa: RUF012
+        ("index_bits", c_int32),
+        ("code_bits", c_int32),
+        ("words", c_int32),
+        ("mask_words", c_int32),
+        ("num_planes", c_int32),
+        ("plane_width", c_int32 * 5),
+        ("plane_shift", c_int32 * 5),
+        ("plane_offset", c_int32 * 5),
+    ]
+
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""enum hqmq_dtype."""
+
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "hqmq_version": (c_char_p, []),
+    "hqmq_isa": (c_char_p, []),
+    "hqmq_last_error": (c_char_p, []),
+    "hqmq_set_num_threads": (c_int, [c_int32]),
+    "hqmq_num_threads": (c_int32, []),
+    "hqmq_get_layout": (c_int, [POINTER(RoleParams), POINTER(Layout)]),
+    "hqmq_pack": (c_int, [POINTER(RoleParams), c_int64, c_void_p, c_void_p]),
+    "hqmq_unpack": (c_int, [POINTER(RoleParams), c_int64, c_void_p, c_void_p]),
+    "hqmq_search": (c_int, [c_void_p, c_int64, c_void_p, c_int32, c_void_p, c_void_p, c_void_p]),
+    "hqmq_append": (
+        c_int,
+        [
+            POINTER(RoleParams),
+            *[c_int32] * 4,
+            POINTER(Rows),
+            *[c_void_p] * 4,
+            POINTER(RoleCache),
+            POINTER(c_int64),
+            c_void_p,
+            c_void_p,
+        ],
+    ),
+}
+
+
+def library_dir() -> Path:
+    """Folder of the native libraries: $HQMQ_LIBRARY_DIR, or hqmq_trt/_lib."""
+    chosen = os.environ.get(LIBRARY_DIR_VARIABLE)
+    return Path(chosen) if chosen else Path(__file__).parent / "_lib"
+
+
+def library_path(name: str) -> Path:
+    """Path of a native library by file name.
+
+    Raises:
+        HqmqError: there is none in :func:`library_dir`.
+    """
+    path = library_dir() / name
+    if not path.is_file():
+        raise HqmqError(f"native library {path} is missing; {_REBUILD}, or set {LIBRARY_DIR_VARIABLE} to its folder")
+    return path
+
+
+def load_library(path: Path, expected_format: int = FORMAT_VERSION) -> ctypes.CDLL:
+    """Load a library with the C interface of hqmq_host.h and check that it fits this package.
+
+    Raises:
+        HqmqError: not a library of ours, or one built for another format version.
+    """
+    try:
+        lib = ctypes.CDLL(str(path))
+        lib.hqmq_format_version.restype, lib.hqmq_format_version.argtypes = c_int32, []
+        found = lib.hqmq_format_version()
+    except (OSError, AttributeError) as error:
+        raise HqmqError(f"cannot load native library {path} ({error}); {_REBUILD}") from None
+    if found != expected_format:
+        raise HqmqError(
+            f"native library {path} is built for format version {found}, this package needs {expected_format}; {_REBUILD}"
+        )
+    for name, structure in (("role_params", RoleParams), ("role_cache", RoleCache)):
+        size = getattr(lib, f"hqmq_{name}_size")
+        size.restype, size.argtypes = c_size_t, []
+        if size() != ctypes.sizeof(structure):
+            raise HqmqError(f"native library {path} has another hqmq_{name} than this package; {_REBUILD}")
+    declare(lib, _SIGNATURES)
+    return lib
+
+
+def declare(lib: ctypes.CDLL, signatures: dict[str, tuple[object, list[object]]]) -> None:
+    """Give functions of a library their result and argument types."""
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The host library, loaded once.
+
+    Raises:
+        HqmqError: missing, foreign, or built for another format version.
+    """
+    return load_library(library_path(HOST_LIBRARY))
+
+
+def check(code: int) -> None:
+    """Raise HqmqError with the library's own text for a result other than HQMQ_OK."""
+    if code:
+        raise HqmqError(library().hqmq_last_error().decode())
+
+
+def versions() -> dict[str, str]:
+    """Version and instruction set of the loaded library."""
+    lib = library()
+    return {"version": lib.hqmq_version().decode(), "isa": lib.hqmq_isa().decode()}
+
+
+def set_num_threads(count: int) -> None:
+    """Threads the library uses; 0: HQMQ_NUM_THREADS, or the processors this process may use."""
+    check(library().hqmq_set_num_threads(count))
+
+
+def num_threads() -> int:
+    """Threads the library uses."""
+    return int(library().hqmq_num_threads())
+
+
+@lru_cache(maxsize=256)
+def role_params(role: RoleScheme, head_dim: int, page_size: int) -> RoleParams:
+    """The C++ description of a role's codec."""
+    packed = role.packed
+    return RoleParams(
+        int(role.storage),
+        int(role.gain),
+        head_dim,
+        page_size,
+        role.secondaries,
+        role.radius_bits,
+        int(role.hadamard and packed),
+        int(role.page_mean and packed),
+        role.outlier_capacity(head_dim, page_size) if packed else 0,
+    )
+
+
+def tensor(array: Array, dtype: torch.dtype, shape: Sequence[int], name: str) -> Tensor:
+    """`array` as a contiguous CPU tensor, without a copy.
+
+    Raises:
+        HqmqError: another dtype, shape, device, or not contiguous.
+    """
+    t = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    if t.dtype != dtype or tuple(t.shape) != tuple(shape):
+        raise HqmqError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(shape)}")
+    if t.device.type != "cpu" or not t.is_contiguous():
+        raise HqmqError(f"{name} is not a contiguous CPU tensor; call .contiguous().cpu() first")
+    return t
+
+
+def rows(x: Tensor, name: str) -> tuple[Rows, Tensor]:
+    """Describe activations [B, H, T, D]; also returns the tensor to keep alive (a copy if D is strided)."""
+    if x.dtype not in DTYPES or x.dim() != 4 or x.device.type != "cpu":
+        raise HqmqError(f"{name} is {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [B, H, T, D] on CPU")
+    if x.stride(3) != 1 and x.shape[3] > 1:
+        x = x.contiguous()
+    return Rows(x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1), x.stride(2), name.encode()), x
+
+
+def role_cache(role: RoleScheme, cache: Sequence[Tensor]) -> tuple[RoleCache, RoleParams, int]:
+    """Pointers, parameters and number of pages of a cache in the order of hqmq_trt.format.cache_tensors.
+
+    Raises:
+        HqmqError: tensors that do not fit the scheme.
+    """
+    codes, tail = cache[0], cache[-1]
+    if codes.dim() != 4 or tail.dim() != 4:
+        raise HqmqError(f"cache codes {list(codes.shape)} and tail {list(tail.shape)} must have four dimensions")
+    batch, heads, page_size, head_dim = tail.shape
+    if role.packed:
+        role.check_head_dim(head_dim)
+    num_pages = codes.shape[2] // max(page_size, 1)
+    specs = cache_tensors(role, page_size, head_dim, heads, batch, num_pages)
+    if len(specs) != len(cache):
+        names = ", ".join(spec.name for spec in specs)
+        raise HqmqError(f"a cache of scheme '{role.name}' takes {names}, not {len(cache)} tensors")
+    pointers = RoleCache()
+    for spec, array in zip(specs, cache, strict=True):
+        checked = tensor(array, getattr(torch, spec.dtype), spec.shape, f"cache tensor {spec.name}")
+        setattr(pointers, spec.name, checked.data_ptr())
+    return pointers, role_params(role, head_dim, page_size), num_pages
+
+
+def codebook_pointers(role: RoleScheme, codebook: Sequence[Array], heads: int) -> tuple[list[int | None], list[Tensor]]:
+    """Pointers to [secondaries, levels] (None, None for fp16) and the tensors to keep alive."""
+    if not role.packed:
+        return [None, None], []
+    if len(codebook) != 2:
+        raise HqmqError(f"scheme '{role.name}' needs a codebook of secondaries and levels, got {len(codebook)} arrays")
+    secondaries = tensor(codebook[0], torch.float32, (heads, role.secondaries, 4), "codebook secondaries")
+    levels = tensor(codebook[1], torch.float32, (2**role.radius_bits,), "codebook levels")
+    return [secondaries.data_ptr(), levels.data_ptr()], [secondaries, levels]
+
+
+def append(
+    x: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    role: RoleScheme,
+    codebook: Sequence[Array],
+    cache: Sequence[Tensor],
+    name: str = "x",
+) -> int:
+    """HqmqQuantize in place: append the first new_length[b] tokens of x to a cache; outliers that found no slot.
+
+    Args:
+        x: float32, float16 or bfloat16 [B, H, T, D], any strides.
+        past_length, new_length: int32 [B], tokens the cache holds and tokens to append.
+        codebook: secondaries float32 [H, S, 4] and levels float32 [2^r]; empty for fp16.
+        cache: tensors in the order of hqmq_trt.format.cache_tensors, contiguous; written in place.
+        name: what error messages call x.
+
+    Raises:
+        HqmqError: NaN or infinity in x (also once rounded to fp16), a cache with too few pages, or tensors that do
+            not fit. The cache is then as it was.
+    """
+    batch, heads, page_size, head_dim = cache[-1].shape
+    pointers, params, num_pages = role_cache(role, cache)
+    source, x = rows(x, name)
+    if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
+        raise HqmqError(f"{name} {list(x.shape)} does not fit a cache of [{batch}, {heads}, {page_size}, {head_dim}] tails")
+    past = tensor(past_length, torch.int32, (batch,), "past_length")
+    new = tensor(new_length, torch.int32, (batch,), "new_length")
+    books, keep = codebook_pointers(role, codebook, heads)
+    dropped = c_int64(0)
+    check(
+        library().hqmq_append(
+            byref(params),
+            batch,
+            heads,
+            x.shape[2],
+            num_pages,
+            byref(source),
+            past.data_ptr(),
+            new.data_ptr(),
+            *books,
+            byref(pointers),
+            byref(dropped),
+            None,
+            None,
+        )
+    )
+    del keep
+    return dropped.value
+
+
+def search(chunks: Array, secondaries: Array) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32]]:
+    """Codeword nearest in angle to chunks float32 [N, 4] among those of secondaries float32 [S, 4].
+
+    Returns (word [N] in 12*S, negative [N], projection [N]).
+    """
+    table = tensor(secondaries, torch.float32, (len(secondaries), 4), "secondaries")
+    source = tensor(chunks, torch.float32, (len(chunks), 4), "chunks")
+    count = len(source)
+    word, projection = np.empty(count, np.int32), np.empty(count, np.float32)
+    negative = np.empty(count, np.bool_)
+    outputs = (word.ctypes.data, negative.ctypes.data, projection.ctypes.data)
+    check(library().hqmq_search(source.data_ptr(), count, table.data_ptr(), len(table), *outputs))
+    return word, negative, projection
+
+
+def layout(role: RoleScheme, head_dim: int, page_size: int) -> Layout:
+    """The bit layout as C++ computes it (hqmq_trt.format owns it)."""
+    out = Layout()
+    check(library().hqmq_get_layout(byref(role_params(role, head_dim, page_size)), byref(out)))
+    return out
+
+
+def pack(codes: NDArray[np.uint32], role: RoleScheme) -> NDArray[np.int32]:
+    """Codes uint32 [T, D/4] to words int32 [T, W]."""
+    source = np.ascontiguousarray(codes, np.uint32)
+    words = np.empty((len(source), words_per_token(role, 4 * source.shape[1])), np.int32)
+    params = role_params(role, 4 * source.shape[1], 8)
+    check(library().hqmq_pack(byref(params), len(source), source.ctypes.data, words.ctypes.data))
+    return words
+
+
+def unpack(words: NDArray[np.int32], role: RoleScheme, head_dim: int) -> NDArray[np.uint32]:
+    """Words int32 [T, W] to codes uint32 [T, D/4]."""
+    source = np.ascontiguousarray(words, np.int32)
+    if source.shape[1:] != (words_per_token(role, head_dim),):
+        raise HqmqError(f"words {list(source.shape)} do not fit scheme '{role.name}' with head_dim {head_dim}")
+    codes = np.empty((len(source), head_dim // 4), np.uint32)
+    params = role_params(role, head_dim, 8)
+    check(library().hqmq_unpack(byref(params), len(source), source.ctypes.data, codes.ctypes.data))
+    return codes
