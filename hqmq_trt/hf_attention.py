@@ -151,7 +151,7 @@ def _window(
     return 0 if widest == int(rows.max()) + 1 else widest
 
 
-def _check_window(mask: Tensor | None, window: int, layer: int) -> None:
+def _check_window(mask: Tensor | None, window: int, layer: int | str) -> None:
     """The mask the model made and the window it passed must mean the same."""
     masked = getattr(mask, _WINDOW, None)
     if mask is None or masked is None:

@@ -15,14 +15,16 @@ CPU tensors go through the native library, all others through hqmq_trt.torch_cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache as memoize
+from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hqmq_trt import torch_attention
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors
 from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
@@ -35,8 +37,8 @@ _SCHEMAS = {
         "bool rotate=True) -> Tensor[]"
     ),
     "quantize_": (
-        "(Tensor x, Tensor past_length, Tensor new_length, Tensor[] codebook, Tensor(a!)[] cache, str scheme, str role, "
-        "bool rotate=True) -> ()"
+        "(Tensor x, Tensor past_length, Tensor new_length, Tensor[] codebook, Tensor(a!)[] cache, str scheme, "
+        "str role, bool rotate=True) -> ()"
     ),
     "dequantize": (
         "(Tensor length, Tensor[] codebook, Tensor[] cache, str scheme, str role, ScalarType dtype, bool rotate=True) "
@@ -48,12 +50,13 @@ _SCHEMAS = {
     ),
     "attention_": (
         "(Tensor q, Tensor k, Tensor v, Tensor past_length, Tensor new_length, Tensor? sinks, Tensor[] codebooks, "
-        "Tensor(a!)[] cache, str scheme, float scale, int window=0, float softcap=0.0, bool rotate_value=True) -> Tensor"
+        "Tensor(a!)[] cache, str scheme, float scale, int window=0, float softcap=0.0, bool rotate_value=True) "
+        "-> Tensor"
     ),
 }
 
 
-@cache
+@memoize
 def _scheme(name: str, rotate_key: bool, rotate_value: bool) -> Scheme:
     """The scheme as the operator applies it: no rotation where the weights hold it."""
     scheme = Scheme.parse(name)
@@ -71,10 +74,17 @@ def _role(name: str, role: str, rotate: bool) -> tuple[RoleScheme, int]:
     return scheme.role(role), scheme.page_size
 
 
-@cache
+@memoize
 def tensor_names(role: RoleScheme) -> tuple[str, ...]:
     """Names of one role's cache tensors in the order of hqmq_trt.format.cache_tensors."""
     return tuple(spec.name for spec in cache_tensors(role, 8, 16, 1, 1, 1))
+
+
+@lru_cache(maxsize=256)
+def _expected(role: RoleScheme, page_size: int, *sizes: int) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    """Name, shape and dtype of each cache tensor for (head_dim, heads, batch, pages)."""
+    specs = cache_tensors(role, page_size, *sizes)
+    return tuple((spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in specs)
 
 
 def _split(scheme: Scheme, codebooks: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[list[Tensor]], ...]:
@@ -103,16 +113,15 @@ def _check_cache(role: RoleScheme, page_size: int, name: str, codebook: list[Ten
     rows = codes.shape[2] if codes.dim() == 4 else -1
     if rows % page_size:
         raise HqmqError(f"{name} codes {list(codes.shape)} do not hold whole pages of {page_size} tokens")
-    for spec, tensor in zip(
-        cache_tensors(role, page_size, head_dim, heads, batch, rows // page_size), tensors, strict=True
-    ):
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != getattr(torch, spec.dtype):
+    shapes = _expected(role, page_size, head_dim, heads, batch, rows // page_size)
+    for (what, shape, dtype), tensor in zip(shapes, tensors, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise HqmqError(
-                f"{name} {spec.name} is {tensor.dtype} {list(tensor.shape)}, expected torch.{spec.dtype} "
-                f"{list(spec.shape)} for scheme '{role.name}'"
+                f"{name} {what} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} for scheme "
+                f"'{role.name}'"
             )
         if not tensor.is_contiguous():
-            raise HqmqError(f"{name} {spec.name} is not contiguous; pass tensor.contiguous()")
+            raise HqmqError(f"{name} {what} is not contiguous; pass tensor.contiguous()")
     if role.packed:
         expected = ((heads, role.secondaries, 4), (2**role.radius_bits,))
         for what, tensor, shape in zip(("secondaries", "levels"), codebook, expected, strict=True):
@@ -162,9 +171,7 @@ def _check_append(x: Tensor, name: str, past_length: Tensor, new_length: Tensor,
 
 
 def _backend(x: Tensor) -> ModuleType:
-    from hqmq_trt import oracle_backend
-
-    return oracle_backend
+    return torch_attention
 
 
 def _quantize_(
@@ -335,7 +342,7 @@ def _fake_attention(
 
 
 def _register() -> None:
-    kernels = {
+    kernels: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
         "quantize": (_quantize, _fake_quantize),
         "quantize_": (_quantize_, lambda *args, **kwargs: None),
         "dequantize": (_dequantize, _fake_dequantize),
