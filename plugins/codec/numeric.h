@@ -70,7 +70,7 @@ constexpr uint32_t FloatBitsFromHalfBits(uint16_t half) {
   return sign | ((exponent + 112) << 23) | (mantissa << 13);
 }
 
-constexpr uint16_t Bf16BitsFromFloatBits(uint32_t bits) {
+HQMQ_HD constexpr uint16_t Bf16BitsFromFloatBits(uint32_t bits) {
   if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16);
 }
