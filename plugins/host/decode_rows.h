@@ -2,9 +2,9 @@
 // not undone.
 #pragma once
 
-#include "../codec/decode.h"
-#include "../codec/simd.h"
-#include "attention_job.h"
+#include "attention_kernels.h"
+#include "codec/decode.h"
+#include "codec/simd.h"
 
 namespace hqmq {
 inline namespace HQMQ_ISA {
@@ -168,6 +168,15 @@ HQMQ_HD void LoadHalfRow(const uint16_t* from, int count, float* to) {
   int i = 0;
   for (; i + 8 <= count; i += 8) Lanes<F32x8>::Store(Lanes<F32x8>::LoadHalf(from + i), to + i);
   for (; i < count; ++i) to[i] = FloatFromHalf(from[i]);
+}
+
+// Passes over rows [first, first + count): their outliers come before those of the rows after them.
+inline void SkipRows(PageReader* page, int first, int count) {
+  if (page->mask == nullptr) return;
+  const int chunks = page->layout.chunks;
+  for (int bit = first * chunks; bit < (first + count) * chunks; ++bit) {
+    page->next_outlier += (page->mask[bit >> 5] >> (bit & 31)) & 1;
+  }
 }
 
 // Rows [first, first + count) of the page → out, `stride` floats apart. Rows must be read in order:
