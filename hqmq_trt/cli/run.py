@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,18 +46,19 @@ def run(
     from hqmq_trt.runtime.tokenizer import Tokenizer
 
     output = Output(json_mode, quiet, verbose)
-    sampling = [Sampling(temperature, top_k, top_p, seed + i) for i in range(len(prompt or ()) + 1)]
+    sampling = Sampling(temperature, top_k, top_p, seed)
     manifest = Manifest.load(folder)
     tokenizer = Tokenizer(folder, manifest)
     texts = _prompts(prompt, prompt_file)
     framed = tokenizer.has_chat_template if chat is None else chat
-    sampling = [Sampling(temperature, top_k, top_p, seed + i) for i in range(len(texts))]
     stop = frozenset(manifest.eos_token_ids)
     requests = [
-        Request(tokenizer.encode(text, framed), max_new_tokens, how, stop)
-        for text, how in zip(texts, sampling, strict=True)
+        Request(tokenizer.encode(text, framed), max_new_tokens, replace(sampling, seed=seed + i), stop)
+        for i, text in enumerate(texts)
     ]
     needed = max(request.cache_tokens for request in requests)
+    if max_context is not None and max_context < 1:
+        raise HqmqError(f"--max-context {max_context} must be at least 1")
     if needed > manifest.max_position:
         output.note(f"note: {needed} tokens exceed the {manifest.max_position} this model was trained for")
 
@@ -150,8 +153,6 @@ class _Screen:
         self._refresh()
 
     def on_token(self, request: int, token: int) -> None:
-        import time
-
         self._start = self._start or time.perf_counter()
         self._new += 1
         self._write(request, self._streams[request].push(token))
@@ -166,8 +167,6 @@ class _Screen:
     def _refresh(self) -> None:
         if not self._live:
             return
-        import time
-
         seconds = time.perf_counter() - self._start if self._start else 0.0
         rate = f"{(self._new - self._batch) / seconds:.1f} tokens/s" if self._new > self._batch else "…"
         status = Text(

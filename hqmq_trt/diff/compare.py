@@ -139,13 +139,15 @@ def _torch_runner(
     from transformers import DynamicCache
 
     if name == "unpacked":
-        return TorchRunner(name, model, DynamicCache, on_feed)
+        return TorchRunner(name, model, DynamicCache, on_feed=on_feed)
     from hqmq_trt.cache import HqmqCache
+    from hqmq_trt.hf_attention import IMPLEMENTATION
 
-    def new_cache() -> Any:
-        return HqmqCache.for_model(model, manifest.parsed_scheme)
-
-    return TorchRunner(name, model, new_cache, on_feed)
+    attention = IMPLEMENTATION if manifest.mode == "fused" else None
+    scheme = manifest.parsed_scheme
+    return TorchRunner(
+        name, model, lambda: HqmqCache(model.config, scheme, max_length=tokens), attention, on_feed=on_feed
+    )
 
 
 class _Measure:

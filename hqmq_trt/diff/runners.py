@@ -68,20 +68,31 @@ class CachedRunner(BaseRunner):  # type: ignore[misc]  # polygraphy has no types
 
 
 class TorchRunner(CachedRunner):
-    """A transformers model with a cache made by `new_cache`; its own K and V are reported if it is a DynamicCache."""
+    """A transformers model with a cache made by `new_cache`; its own K and V are reported if it is a DynamicCache.
+
+    `attention` is the attention implementation to use while the runner is active; None keeps the model's.
+    """
 
     def __init__(
-        self, name: str, model: Any, new_cache: Callable[[], Any], on_feed: Callable[[int], None] | None = None
+        self,
+        name: str,
+        model: Any,
+        new_cache: Callable[[], Any],
+        attention: str | None = None,
+        on_feed: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(name, on_feed)
-        self._model, self._new_cache = model, new_cache
+        self._model, self._new_cache, self._attention = model, new_cache, attention
+        self._before = model.config._attn_implementation
 
     def activate_impl(self) -> None:
-        """Nothing to load."""
+        """Switch the model's attention."""
+        self._model.set_attn_implementation(self._attention or self._before)
 
     def deactivate_impl(self) -> None:
-        """Free the cache."""
+        """Free the cache and switch the attention back."""
         self._cache = None
+        self._model.set_attn_implementation(self._before)
 
     def start(self) -> None:
         """A fresh cache."""

@@ -49,7 +49,8 @@ class Sampler:
         if self.sampling.temperature == 0:
             return int(logits.argmax())
         tokens, probability = kept_tokens(logits, self.sampling)
-        return int(tokens[np.searchsorted(probability.cumsum(), self._random.random(), side="right")])
+        drawn = int(np.searchsorted(probability.cumsum(), self._random.random(), side="right"))
+        return int(tokens[min(drawn, len(tokens) - 1)])  # rounding may leave the sum below the number drawn
 
 
 def kept_tokens(
