@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES, Gain, RoleScheme
 
-F32, F64 = NDArray[np.float32], NDArray[np.float64]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 _DATA = "data/codebooks.npz"
 _SIGNS = list(itertools.product((1.0, -1.0), repeat=3))

@@ -32,7 +32,7 @@ Array = Tensor | NDArray[np.generic]
 class RoleParams(Structure):
     """hqmq_role_params of plugins/host/hqmq_host.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, c_int32)
         for name in (
             "storage",
@@ -51,15 +51,13 @@ class RoleParams(Structure):
 class RoleCache(Structure):
     """hqmq_role_cache: pointers to the tensors of one layer and role; None where the scheme has none."""
 
-    _fields_ = [  # noqa: RUF012
-        (name, c_void_p) for name in ("codes", "scales", "mean", "outlier_mask", "outlier_value", "tail")
-    ]
+    _fields_ = [(name, c_void_p) for name in ("codes", "scales", "mean", "outlier_mask", "outlier_value", "tail")]
 
 
 class Rows(Structure):
     """hqmq_rows: activations [B, H, T, D] with strides in elements."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", c_void_p),
         ("dtype", c_int32),
         ("batch_stride", c_int64),
@@ -72,7 +70,7 @@ class Rows(Structure):
 class Layout(Structure):
     """hqmq_layout: the bit layout of one token as C++ computes it."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("index_bits", c_int32),
         ("code_bits", c_int32),
         ("words", c_int32),
@@ -145,7 +143,8 @@ def load_library(path: Path, expected_format: int = FORMAT_VERSION) -> ctypes.CD
         raise HqmqError(f"cannot load native library {path} ({error}); {_REBUILD}") from None
     if found != expected_format:
         raise HqmqError(
-            f"native library {path} is built for format version {found}, this package needs {expected_format}; {_REBUILD}"
+            f"native library {path} is built for format version {found}, this package needs {expected_format}; "
+            f"{_REBUILD}"
         )
     for name, structure in (("role_params", RoleParams), ("role_cache", RoleCache)):
         size = getattr(lib, f"hqmq_{name}_size")
@@ -229,7 +228,9 @@ def tensor(array: Array, dtype: torch.dtype, shape: Sequence[int], name: str) ->
 def rows(x: Tensor, name: str) -> tuple[Rows, Tensor]:
     """Describe activations [B, H, T, D]; also returns the tensor to keep alive (a copy if D is strided)."""
     if x.dtype not in DTYPES or x.dim() != 4 or x.device.type != "cpu":
-        raise HqmqError(f"{name} is {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [B, H, T, D] on CPU")
+        raise HqmqError(
+            f"{name} is {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [B, H, T, D] on CPU"
+        )
     if x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
     return Rows(x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1), x.stride(2), name.encode()), x
@@ -296,7 +297,9 @@ def append(
     pointers, params, num_pages = role_cache(role, cache)
     source, x = rows(x, name)
     if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
-        raise HqmqError(f"{name} {list(x.shape)} does not fit a cache of [{batch}, {heads}, {page_size}, {head_dim}] tails")
+        raise HqmqError(
+            f"{name} {list(x.shape)} does not fit a cache of [{batch}, {heads}, {page_size}, {head_dim}] tails"
+        )
     past = tensor(past_length, torch.int32, (batch,), "past_length")
     new = tensor(new_length, torch.int32, (batch,), "new_length")
     books, keep = codebook_pointers(role, codebook, heads)
