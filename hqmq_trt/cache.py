@@ -95,7 +95,7 @@ class HqmqLayer(CacheLayerMixin):
     def _reserve(self, count: Tensor, rows: int) -> None:
         """Make room for count[b] <= rows more tokens."""
         assert self.length is not None
-        if self.seen + rows <= self.capacity:
+        if self.seen + rows <= min(self.capacity, self.max_length or self.capacity):
             return
         needed = int((self.length + count).max())
         if self.max_length is not None and needed > self.max_length:
