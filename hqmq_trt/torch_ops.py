@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hqmq_trt import torch_attention
+from hqmq_trt import native_attention, torch_attention
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors
 from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
@@ -142,21 +142,25 @@ def _check_lengths(length: Tensor, batch: int, what: str) -> list[int]:
 
 
 def _check_append(x: Tensor, name: str, past_length: Tensor, new_length: Tensor, tensors: list[Tensor]) -> None:
-    """Everything an append may get wrong, before a byte is written."""
-    codes, tail = tensors[0], tensors[-1]
-    batch, heads, _, head_dim = tail.shape
+    """dtype, shape and lengths of an append."""
+    batch, heads, _, head_dim = tensors[-1].shape
     if x.dtype not in _FLOATS:
         raise HqmqError(f"{name} is {x.dtype}; convert it to float32, float16 or bfloat16")
     if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
         raise HqmqError(f"{name} {list(x.shape)} does not fit its cache: expected [{batch}, {heads}, T, {head_dim}]")
-    past = _check_lengths(past_length, batch, "past_length")
+    _check_lengths(past_length, batch, "past_length")
     new = _check_lengths(new_length, batch, "new_length")
     if max(new, default=0) > x.shape[2]:
         raise HqmqError(f"new_length {new} exceeds the {x.shape[2]} rows of {name}")
+
+
+def _check_values(x: Tensor, name: str, past_length: Tensor, new_length: Tensor, tensors: list[Tensor]) -> None:
+    """What the native library checks itself, for other kernels: room in the cache, finite values."""
+    past, new = past_length.tolist(), new_length.tolist()
     for b, (before, added) in enumerate(zip(past, new, strict=True)):
-        if before + added > codes.shape[2]:
+        if before + added > tensors[0].shape[2]:
             raise HqmqError(
-                f"cache too small: sequence {b} needs {before + added} tokens, the cache holds {codes.shape[2]}; "
+                f"cache too small: sequence {b} needs {before + added} tokens, the cache holds {tensors[0].shape[2]}; "
                 "make it with more pages (max_length)"
             )
     row = torch.arange(x.shape[2], device=x.device)
@@ -170,8 +174,9 @@ def _check_append(x: Tensor, name: str, past_length: Tensor, new_length: Tensor,
         )
 
 
-def _backend(x: Tensor) -> ModuleType:
-    return torch_attention
+def _kernels(x: Tensor) -> ModuleType:
+    """The module whose append, load and attend serve the device of `x`."""
+    return native_attention if x.device.type == "cpu" else torch_attention
 
 
 def _quantize_(
@@ -187,7 +192,11 @@ def _quantize_(
     codec, page_size = _role(scheme, role, rotate)
     _check_cache(codec, page_size, role, codebook, cache)
     _check_append(x, role, past_length, new_length, cache)
-    _backend(x).append(x, past_length, new_length, codec, codebook, cache)
+    if _kernels(x) is native_attention:
+        native_attention.append(x, past_length, new_length, codec, codebook, cache, name=role)
+    else:
+        _check_values(x, role, past_length, new_length, cache)
+        torch_attention.append(x, past_length, new_length, codec, codebook, cache)
 
 
 def _quantize(
@@ -221,7 +230,7 @@ def _dequantize(
     held = _check_lengths(length, cache[-1].shape[0], "length")
     if max(held, default=0) > cache[0].shape[2]:
         raise HqmqError(f"length {held} exceeds the {cache[0].shape[2]} tokens of the {role} cache")
-    out: Tensor = _backend(cache[0]).load(length, codec, codebook, cache, dtype)
+    out: Tensor = _kernels(cache[0]).load(length, codec, codebook, cache, dtype)
     return out
 
 
@@ -257,9 +266,11 @@ def _attention_(
         raise HqmqError(f"sinks {list(sinks.shape)} do not hold one value for each of {q.shape[1]} query heads")
     if window < 0 or softcap < 0:
         raise HqmqError(f"window {window} and softcap {softcap} must not be negative (0 switches them off)")
-    out: Tensor = _backend(q).attend(
-        q, k, v, past_length, new_length, sinks, codec, books, caches, scale, window, softcap
-    )
+    kernels = _kernels(q)
+    if kernels is not native_attention:
+        for name, x, tensors in zip(ROLES, (k, v), caches, strict=True):
+            _check_values(x, name, past_length, new_length, tensors)
+    out: Tensor = kernels.attend(q, k, v, past_length, new_length, sinks, codec, books, caches, scale, window, softcap)
     return out
 
 
