@@ -146,13 +146,14 @@ const AttentionKernels& BestAttentionKernels() {
   return kAttentionKernelsBaseline;
 }
 
-Status Attention(const AttentionRequest& request, const Threads& threads, int64_t* dropped) {
-  const AppendJob appends[] = {AppendOf(request, request.key), AppendOf(request, request.value)};
-  for (const AppendJob& append : appends) {
-    if (Status status = CheckAppend(append, threads); !status.ok()) return status;
+Status CheckAttention(const AttentionRequest& request, const Threads& threads) {
+  for (const AttentionRole* role : {&request.key, &request.value}) {
+    if (Status status = CheckAppend(AppendOf(request, *role), threads); !status.ok()) return status;
   }
-  if (Status status = CheckRequest(request); !status.ok()) return status;
+  return CheckRequest(request);
+}
 
+void RunAttention(const AttentionRequest& request, const Threads& threads, int64_t* dropped) {
   AttentionJob job = {};
   job.key = Normalised(request.key.role);
   job.value = Normalised(request.value.role);
@@ -187,20 +188,21 @@ Status Attention(const AttentionRequest& request, const Threads& threads, int64_
     job.key_tail = tails.data();
     job.value_tail = tails.data() + size;
   }
-  for (const AppendJob& append : appends) Append(append, threads, dropped);
+  for (const AttentionRole* role : {&request.key, &request.value}) {
+    Append(AppendOf(request, *role), threads, dropped);
+  }
 
   ZeroPadding(request);
   const std::vector<AttentionBlock> blocks = CutBlocks(request);
   if (request.tokens <= kSplitRows) {
     RunSplits(job, blocks, threads);
-    return {};
+    return;
   }
   const AttentionKernels& kernels = BestAttentionKernels();
   threads.For(static_cast<int64_t>(blocks.size()), [&](int64_t i) {
     const int rows = blocks[i].count * job.group;
     kernels.attend(job, blocks[i], ThreadScratch(AttentionScratch(rows, job.key.head_dim)));
   });
-  return {};
 }
 
 Status DequantizeCache(DequantizeJob job, const Threads& threads) {

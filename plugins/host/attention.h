@@ -27,9 +27,13 @@ struct AttentionRequest {
   int32_t window;
 };
 
-// Appends k and v to the caches, then attends. Fails before anything is written (CheckAppend, or
-// arguments that do not fit together). `dropped`: outliers that found no slot are added.
-Status Attention(const AttentionRequest& request, const Threads& threads, int64_t* dropped);
+// What is wrong with a request, before anything is written: CheckAppend of both roles, or arguments
+// that do not fit together.
+Status CheckAttention(const AttentionRequest& request, const Threads& threads);
+
+// Appends k and v to the caches, then attends; adds outliers that found no slot to `dropped`.
+// CheckAttention must have passed.
+void RunAttention(const AttentionRequest& request, const Threads& threads, int64_t* dropped);
 
 // Cache → x. Fails before anything is written.
 Status DequantizeCache(DequantizeJob job, const Threads& threads);

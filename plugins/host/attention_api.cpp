@@ -93,9 +93,11 @@ int hqmq_attention(const hqmq_attention_params* params, const hqmq_rows* q,
     request.scale = params->scale;
     request.softcap = params->softcap;
     request.window = params->window;
+    const Threads threads = {parallel_for, pool};
+    if (Status status = CheckAttention(request, threads); !status.ok()) return status;
     int64_t lost = 0;
-    const Status status = Attention(request, {parallel_for, pool}, &lost);
-    if (status.ok() && dropped) *dropped = lost;
-    return status;
+    RunAttention(request, threads, &lost);
+    if (dropped) *dropped = lost;
+    return {};
   });
 }

@@ -1,0 +1,309 @@
+#include "node.h"
+
+#include <algorithm>
+
+#include "codec/layout.h"
+#include "codec/numeric.h"
+
+namespace hqmq::ort {
+
+NodeInfo::NodeInfo(const char* op, const KernelInfo* info) : info_(info) {
+  char name[512] = "";
+  size_t size = sizeof(name);
+  const bool named = Works(api.KernelInfo_GetNodeName(info, name, &size)) && name[0];
+  title_ = std::string(op) + (named ? " node '" + std::string(name) + "': " : " node: ");
+}
+
+int NodeInfo::Int(const std::string& name, int low, int high) const {
+  int64_t value = 0;
+  if (!Works(api.KernelInfoGetAttribute_int64(info_, name.c_str(), &value))) {
+    throw Error("attribute '" + name + "' is missing; export the model again");
+  }
+  if (value < low || value > high) {
+    throw Error("attribute '" + name + "' is " + std::to_string(value) + ", outside " +
+                std::to_string(low) + "…" + std::to_string(high) + "; export the model again");
+  }
+  return static_cast<int>(value);
+}
+
+float NodeInfo::Float(const std::string& name) const {
+  float value = 0;
+  if (!Works(api.KernelInfoGetAttribute_float(info_, name.c_str(), &value))) {
+    throw Error("attribute '" + name + "' is missing; export the model again");
+  }
+  return value;
+}
+
+void NodeInfo::CheckInterface(size_t inputs, size_t outputs) const {
+  const int version = Int("format_version", 0, 1 << 30);
+  if (version != HQMQ_FORMAT_VERSION) {
+    throw Error("made for cache format version " + std::to_string(version) +
+                ", but this library has version " + std::to_string(HQMQ_FORMAT_VERSION) +
+                "; export the model again or install the matching hqmq-trt");
+  }
+  size_t has_inputs = 0, has_outputs = 0;
+  Check(api.KernelInfo_GetInputCount(info_, &has_inputs));
+  Check(api.KernelInfo_GetOutputCount(info_, &has_outputs));
+  if (has_inputs != inputs || has_outputs != outputs) {
+    throw Error("has " + std::to_string(has_inputs) + " inputs and " + std::to_string(has_outputs) +
+                " outputs; its attributes ask for " + std::to_string(inputs) + " and " +
+                std::to_string(outputs) + "; export the model again");
+  }
+}
+
+bool NodeInfo::Constant(size_t index, Tensor* out) const {
+  int constant = 0;
+  const Value* value = nullptr;
+  if (!Works(api.KernelInfoGetConstantInput_tensor(info_, index, &constant, &value)) || !constant)
+    return false;
+  *out = ReadTensor(value);
+  return true;
+}
+
+Role::Role(const NodeInfo& node, std::string prefix, std::string name, int page_size)
+    : name_(std::move(name)) {
+  params_.storage = static_cast<Storage>(node.Int(prefix + "storage", 0, 1));
+  params_.radius_bits = node.Int(prefix + "radius_bits", 1, 8);
+  params_.gain = static_cast<Gain>(node.Int(prefix + "gain", 0, 1));
+  params_.page_size = page_size;
+  const int hadamard = node.Int(prefix + "hadamard", 0, 1),
+            mean = node.Int(prefix + "page_mean", 0, 1);
+  const int capacity = node.Int(prefix + "outlier_capacity", 0, 1 << 20);
+  if (packed())
+    params_.hadamard = hadamard, params_.page_mean = mean, params_.outlier_capacity = capacity;
+}
+
+size_t Role::cache_tensors() const {
+  return 2 + (packed() ? 1 : 0) + (params_.page_mean ? 1 : 0) +
+         (params_.outlier_capacity > 0 ? 2 : 0);
+}
+
+void Role::CheckCodebook(const Tensor& secondaries, const Tensor& levels) const {
+  if (secondaries.type != kFloat || secondaries.dims.size() != 3 || secondaries.dims[2] != 4) {
+    throw Error(name_ + "codebook 'secondaries' is " + TypeName(secondaries.type) + " " +
+                Text(secondaries.dims) + ", expected float32 [H, S, 4]");
+  }
+  if (levels.type != kFloat || levels.dims != Dims{int64_t{1} << params_.radius_bits}) {
+    throw Error(name_ + "codebook 'levels' is " + TypeName(levels.type) + " " + Text(levels.dims) +
+                ", expected float32 [" + std::to_string(1 << params_.radius_bits) + "]");
+  }
+}
+
+Role::Codebook Role::MakeCodebook(const Tensor& secondaries, const Tensor& levels) const {
+  const float* s = static_cast<const float*>(secondaries.data);
+  const float* l = static_cast<const float*>(levels.data);
+  Codebook out;
+  out.secondaries.assign(s, s + secondaries.bytes() / sizeof(float));
+  out.levels.assign(l, l + levels.bytes() / sizeof(float));
+  RoleParams params = params_;
+  params.secondaries = static_cast<int32_t>(secondaries.dims[1]);
+  out.words = std::make_shared<Words>(params, static_cast<int>(secondaries.dims[0]), s, l);
+  return out;
+}
+
+void Role::BindCodebook(const NodeInfo& node, size_t first_input) {
+  Tensor secondaries, levels;
+  if (!packed() || !node.Constant(first_input, &secondaries) ||
+      !node.Constant(first_input + 1, &levels))
+    return;
+  CheckCodebook(secondaries, levels);
+  if (secondaries.dims[1] < 1 || secondaries.dims[1] > 1024) {
+    throw Error(name_ + "codebook 'secondaries' is " + Text(secondaries.dims) +
+                ", expected 1…1024 secondaries");
+  }
+  codebook_ = MakeCodebook(secondaries, levels);
+  constant_ = true;
+}
+
+std::shared_ptr<const Words> Role::WordsOf(const RoleParams& params, int heads,
+                                           const Tensor& secondaries, const Tensor& levels) const {
+  if (constant_ && codebook_.words->Matches(params, heads)) return codebook_.words;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool same =
+      codebook_.words && codebook_.words->Matches(params, heads) &&
+      memcmp(codebook_.secondaries.data(), secondaries.data, secondaries.bytes()) == 0 &&
+      memcmp(codebook_.levels.data(), levels.data, levels.bytes()) == 0;
+  if (!same) codebook_ = MakeCodebook(secondaries, levels);
+  return codebook_.words;
+}
+
+RoleCache CacheOf(const RoleParams& params, const std::vector<Tensor>& tensors) {
+  size_t i = 0;
+  RoleCache cache = {};
+  cache.codes = static_cast<int32_t*>(tensors[i++].data);
+  if (params.storage == Storage::kHqmq) cache.scales = static_cast<uint16_t*>(tensors[i++].data);
+  if (params.page_mean) cache.mean = static_cast<uint16_t*>(tensors[i++].data);
+  if (params.outlier_capacity > 0) {
+    cache.outlier_mask = static_cast<int32_t*>(tensors[i++].data);
+    cache.outlier_value = static_cast<uint16_t*>(tensors[i++].data);
+  }
+  cache.tail = static_cast<uint16_t*>(tensors[i].data);
+  return cache;
+}
+
+Role::View Role::Read(const KernelContext* context, size_t first_codebook,
+                      size_t first_cache) const {
+  View out = {};
+  out.params = params_;
+  for (size_t i = 0; i < cache_tensors(); ++i)
+    out.tensors.push_back(Input(context, first_cache + i));
+  const Tensor &codes = out.tensors.front(), &tail = out.tensors.back();
+  const int64_t page = params_.page_size;
+  if (tail.dims.size() != 4 || tail.dims[2] != page || codes.dims.size() != 4 ||
+      codes.dims[2] % page) {
+    throw Error(name_ + "cache tensors 'codes' " + Text(codes.dims) + " and 'tail' " +
+                Text(tail.dims) + " are not [B, H, M*P, W] and [B, H, P, D] with pages of " +
+                std::to_string(page) + " tokens");
+  }
+  out.params.head_dim = static_cast<int32_t>(tail.dims[3]);
+  out.batch = static_cast<int>(tail.dims[0]);
+  out.heads = static_cast<int>(tail.dims[1]);
+  out.num_pages = static_cast<int>(codes.dims[2] / page);
+
+  Tensor secondaries, levels;
+  if (packed()) {
+    secondaries = Input(context, first_codebook);
+    levels = Input(context, first_codebook + 1);
+    CheckCodebook(secondaries, levels);
+    if (secondaries.dims[0] != out.heads) {
+      throw Error(name_ + "codebook 'secondaries' " + Text(secondaries.dims) + " and a cache of " +
+                  std::to_string(out.heads) + " heads do not belong together");
+    }
+    out.params.secondaries = static_cast<int32_t>(secondaries.dims[1]);
+  }
+  Check(CheckRole(out.params));
+
+  const Layout layout = MakeLayout(out.params);
+  const int64_t b = out.batch, h = out.heads, m = out.num_pages, d = out.params.head_dim;
+  struct Expected {
+    const char* name;
+    int type;
+    Dims dims;
+  };
+  std::vector<Expected> expected = {{"codes", kInt32, {b, h, m * page, layout.words}}};
+  if (packed()) expected.push_back({"scales", kFloat16, {b, h, m * page, 1}});
+  if (params_.page_mean) expected.push_back({"mean", kFloat16, {b, h, m, d}});
+  if (params_.outlier_capacity > 0) {
+    expected.push_back({"outlier_mask", kInt32, {b, h, m, MaskWords(out.params)}});
+    expected.push_back({"outlier_value", kFloat16, {b, h, m, params_.outlier_capacity, 4}});
+  }
+  expected.push_back({"tail", kFloat16, {b, h, page, d}});
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const Tensor& tensor = out.tensors[i];
+    if (tensor.type == expected[i].type && tensor.dims == expected[i].dims) continue;
+    throw Error(name_ + "cache tensor '" + expected[i].name + "' is " + TypeName(tensor.type) +
+                " " + Text(tensor.dims) + ", expected " + TypeName(expected[i].type) + " " +
+                Text(expected[i].dims));
+  }
+  out.cache = CacheOf(out.params, out.tensors);
+  if (packed()) {
+    out.secondaries = static_cast<const float*>(secondaries.data);
+    out.levels = static_cast<const float*>(levels.data);
+    out.words = WordsOf(out.params, out.heads, secondaries, levels);
+  } else {
+    static const auto none = std::make_shared<const Words>();
+    out.words = none;
+  }
+  return out;
+}
+
+Present::Present(KernelContext* context, size_t first_output, const Role::View& past)
+    : past_(past) {
+  for (size_t i = 0; i < past.tensors.size(); ++i) {
+    tensors_.push_back(
+        Output(context, first_output + i, past.tensors[i].type, past.tensors[i].dims));
+  }
+}
+
+RoleCache Present::cache() const { return CacheOf(past_.params, tensors_); }
+
+void Present::CopyPast(const Threads& threads) const {
+  constexpr size_t kPiece = size_t{1} << 20;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const size_t size = tensors_[i].bytes();
+    if (tensors_[i].data == past_.tensors[i].data) continue;
+    char* to = static_cast<char*>(tensors_[i].data);
+    const char* from = static_cast<const char*>(past_.tensors[i].data);
+    threads.For(static_cast<int64_t>((size + kPiece - 1) / kPiece), [&](int64_t piece) {
+      const size_t start = static_cast<size_t>(piece) * kPiece;
+      memcpy(to + start, from + start, std::min(kPiece, size - start));
+    });
+  }
+}
+
+namespace {
+
+int32_t DtypeOf(const Tensor& tensor, const char* name) {
+  if (tensor.type == kFloat) return HQMQ_FLOAT32;
+  if (tensor.type == kFloat16) return HQMQ_FLOAT16;
+  if (tensor.type == kBfloat16) return HQMQ_BFLOAT16;
+  throw Error("'" + std::string(name) + "' is " + TypeName(tensor.type) +
+              ", expected float32, float16 or bfloat16");
+}
+
+}  // namespace
+
+hqmq_rows RowsOf(const Tensor& tensor, const char* name) {
+  const int32_t dtype = DtypeOf(tensor, name);
+  if (tensor.dims.size() != 4) {
+    throw Error("'" + std::string(name) + "' is " + Text(tensor.dims) + ", expected [B, H, T, D]");
+  }
+  const int64_t token = tensor.dims[3], head = token * tensor.dims[2],
+                batch = head * tensor.dims[1];
+  return {tensor.data, dtype, batch, head, token, name};
+}
+
+void CheckRows(const Tensor& x, const Role::View& cache, const char* name) {
+  const int64_t heads = cache.heads, dim = cache.params.head_dim;
+  if (x.dims[0] == cache.batch && x.dims[1] == heads && x.dims[3] == dim) return;
+  throw Error("'" + std::string(name) + "' is " + Text(x.dims) + ", its cache asks for " +
+              Text({cache.batch, heads, x.dims[2], dim}));
+}
+
+std::vector<float> Floats(const Tensor& tensor) {
+  const int32_t dtype = DtypeOf(tensor, "sinks");
+  std::vector<float> out(tensor.bytes() / (dtype == HQMQ_FLOAT32 ? 4 : 2));
+  const uint16_t* bits = static_cast<const uint16_t*>(tensor.data);
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (dtype == HQMQ_FLOAT32) out[i] = static_cast<const float*>(tensor.data)[i];
+    if (dtype == HQMQ_FLOAT16) out[i] = FloatFromHalf(bits[i]);
+    if (dtype == HQMQ_BFLOAT16) out[i] = FloatFromBf16(bits[i]);
+  }
+  return out;
+}
+
+Rows WritableRows(const Tensor& tensor) {
+  const hqmq_rows rows = RowsOf(tensor, "output");
+  return {tensor.data, rows.dtype, rows.batch_stride, rows.head_stride, rows.token_stride};
+}
+
+const int32_t* Lengths(const Tensor& tensor, int batch, const char* name) {
+  if (tensor.type != kInt32 || tensor.dims != Dims{batch}) {
+    throw Error("'" + std::string(name) + "' is " + TypeName(tensor.type) + " " +
+                Text(tensor.dims) + ", expected int32 [" + std::to_string(batch) + "]");
+  }
+  return static_cast<const int32_t*>(tensor.data);
+}
+
+Threads ThreadsOf(KernelContext* context) {
+  const auto run = [](void* pool, int64_t n, void (*body)(void*, int64_t), void* ctx) {
+    struct Call {
+      void (*body)(void*, int64_t);
+      void* ctx;
+    } call = {body, ctx};
+    const auto one = [](void* user, size_t i) {
+      const Call* call = static_cast<const Call*>(user);
+      call->body(call->ctx, static_cast<int64_t>(i));
+    };
+    Check(api.KernelContext_ParallelFor(static_cast<const KernelContext*>(pool), one,
+                                        static_cast<size_t>(n), 0, &call));
+  };
+  return {run, context};
+}
+
+void Check(const hqmq::Status& status) {
+  if (!status.ok())
+    throw Error(status.text, status.code == HQMQ_INTERNAL ? kRuntimeException : kInvalidArgument);
+}
+
+}  // namespace hqmq::ort
