@@ -67,20 +67,22 @@ def direction_error(secondaries: F64, directions: F64) -> float:
     return float(1.0 - np.mean(projection.astype(np.float64) ** 2))
 
 
-def search_secondaries(count: int) -> F64:
-    """Optimised secondaries [count, 4] of unit norm."""
+def run_start(count: int, start: int) -> F64:
+    """Secondaries [count, 4] of unit norm that Lloyd's iterations reach from the `start`-th random start."""
     draw = max(60_000, 400 * count)
+    q = haar(count, _SEED, count, 0, start)
+    for iteration in range(ITERATIONS):
+        averaging = iteration >= ITERATIONS - _AVERAGING
+        u = haar(4 * draw if averaging else draw, _SEED, count, 1, start, iteration)
+        q = lloyd_step(q, u, 0.0 if averaging else _RELAX)
+    return q
+
+
+def search_secondaries(count: int) -> F64:
+    """The best [count, 4] of STARTS[count] starts."""
     judge = haar(200_000, _SEED, count)
-    best, least = np.empty(0), np.inf
-    for start in range(STARTS[count]):
-        q = haar(count, _SEED, count, 0, start)
-        for iteration in range(ITERATIONS):
-            averaging = iteration >= ITERATIONS - _AVERAGING
-            u = haar(4 * draw if averaging else draw, _SEED, count, 1, start, iteration)
-            q = lloyd_step(q, u, 0.0 if averaging else _RELAX)
-        if (error := direction_error(q, judge)) < least:
-            best, least = q, error
-    return best
+    found = [run_start(count, start) for start in range(STARTS[count])]
+    return min(found, key=lambda q: direction_error(q, judge))
 
 
 def search_levels(secondaries: F64, radius_bits: int) -> F64:

@@ -17,7 +17,7 @@ def cases() -> list[tuple[str, str, int]]:
     """(scheme, role, head_dim): presets over head_dim and page size, paper schemes also with odd head_dim."""
     result = []
     for name, role in itertools.product(PRESETS, ROLES):
-        result += [(f"{name}@p{page}", role, head_dim) for head_dim, page in ((64, 64), (128, 16), (256, 128))]
+        result += [(f"{name}@p{page}", role, head_dim) for head_dim, page in ((64, 128), (128, 64), (256, 16))]
     for name in PAPER:
         result += [(f"{name}@p{page}", "key", head_dim) for head_dim, page in ((64, 64), (80, 16), (96, 128))]
     return result
