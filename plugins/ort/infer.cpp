@@ -5,15 +5,13 @@
 namespace hqmq::ort {
 namespace {
 
-// One tensor's type and shape during inference. Dimensions: a size, or -1 and perhaps a name.
+// One tensor's type and shape during inference, owned by the context: releasing it would free it
+// twice. Dimensions: a size, or -1 and perhaps a name.
 class Shape {
  public:
   Shape(const ShapeInferContext* context, size_t input) {
     Check(api.ShapeInferContext_GetInputTypeShape(context, input, &info_));
   }
-  ~Shape() { api.ReleaseTensorTypeAndShapeInfo(info_); }
-  Shape(const Shape&) = delete;
-  Shape& operator=(const Shape&) = delete;
 
   const TensorInfo* get() const { return info_; }
 
@@ -27,7 +25,7 @@ class Shape {
   }
 
  private:
-  TensorInfo* info_ = nullptr;
+  TensorInfo* info_ = nullptr;  // belongs to the context
 };
 
 size_t Inputs(const ShapeInferContext* context) {
