@@ -1,0 +1,98 @@
+"""What a function body needs to know of the node it is for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from hqmq_trt.format import Plane, mask_words, planes
+from hqmq_trt.scheme import Gain, Storage
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Attributes of a HqmqQuantize or HqmqDequantize node and the static sizes of its inputs."""
+
+    storage: int
+    gain: int
+    radius_bits: int
+    hadamard: int
+    page_mean: int
+    outlier_capacity: int
+    page_size: int
+    heads: int
+    head_dim: int
+    secondaries: int
+
+    @staticmethod
+    def of(node: ir.Node) -> Codec:
+        """Read a node whose last input is the tail [B, H, P, D] and whose codebook comes before the cache."""
+        number = {
+            name: node.attributes[name].as_int()
+            for name in ("storage", "gain", "radius_bits", "hadamard", "page_mean", "outlier_capacity", "page_size")
+        }
+        tail = node.inputs[-1]
+        assert tail is not None
+        assert tail.shape is not None
+        secondaries = 0
+        for value in node.inputs:
+            if value is not None and (value.name or "").endswith(".secondaries"):
+                secondaries = int(value.shape[1])  # type: ignore[index,arg-type]
+        return Codec(heads=int(tail.shape[1]), head_dim=int(tail.shape[3]), secondaries=secondaries, **number)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """Overload of the functions for this codec."""
+        if not self.packed:
+            return f"fp16_h{self.heads}_d{self.head_dim}_p{self.page_size}"
+        parts = [f"s{self.secondaries}_r{self.radius_bits}", "rms" if self.rms else "max"]
+        parts += ["hadamard"] * self.hadamard + ["mean"] * self.page_mean
+        parts += [f"med3x{self.outlier_capacity}"] if self.outlier_capacity else []
+        return "_".join([*parts, f"h{self.heads}_d{self.head_dim}_p{self.page_size}"])
+
+    @property
+    def packed(self) -> bool:
+        """Whether tokens are quaternion codes."""
+        return self.storage == Storage.HQMQ
+
+    @property
+    def rms(self) -> bool:
+        """Whether the gain is RMS (else MAX)."""
+        return self.gain == Gain.RMS
+
+    @property
+    def chunks(self) -> int:
+        """C: chunks a token."""
+        return self.head_dim // 4
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of a codeword's index."""
+        return math.ceil(math.log2(12 * self.secondaries))
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """Bit planes of a token."""
+        return planes(self.index_bits + self.radius_bits + 1, self.head_dim)
+
+    @property
+    def words(self) -> int:
+        """W: words a token."""
+        bits = (self.index_bits + self.radius_bits + 1) * self.chunks if self.packed else 16 * self.head_dim
+        return -(-bits // 32)
+
+    @property
+    def mask_words(self) -> int:
+        """Words of a page's outlier mask, the count of dropped ones included."""
+        return mask_words(self.head_dim, self.page_size)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the cache tensors, in order."""
+        if not self.packed:
+            return ("codes", "tail")
+        mean = ("mean",) if self.page_mean else ()
+        outliers = ("outlier_mask", "outlier_value") if self.outlier_capacity else ()
+        return ("codes", "scales", *mean, *outliers, "tail")
