@@ -77,13 +77,14 @@ class WordTable:
         books, self._source = native.codebook_pointers(role, codebook, heads)
         self._source = [tensor.clone() for tensor in self._source]
         self.handle = c_void_p()
+        self._destroy = _library().hqmq_table_destroy
         # The table holds codewords only: head_dim and page size do not matter.
         params = native.role_params(role, 8, 64)
         native.check(_library().hqmq_table_create(byref(params), heads, *books, byref(self.handle)))
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
-            _library().hqmq_table_destroy(self.handle)
+            self._destroy(self.handle)
 
     def fits(self, codebook: Sequence[Tensor]) -> bool:
         """Whether it was made from these values."""

@@ -53,30 +53,53 @@ void SameAsInput(const ShapeInferContext* context, size_t input, size_t output) 
   Check(api.ShapeInferContext_SetOutputTypeShape(context, output, Shape(context, input).get()));
 }
 
+size_t CodebookInputs(const ShapeInferContext* context, const std::string& prefix) {
+  return Attribute(context, prefix + "storage") ? 2 : 0;
+}
+
+// Whether the node has the inputs its attributes ask for. If not, the kernel refuses it and says
+// why; for it to be asked, every output needs some type first.
+bool CheckInputs(const ShapeInferContext* context, size_t expected) {
+  if (Inputs(context) == expected) return true;
+  constexpr size_t kMostOutputs = 13;
+  for (size_t i = 0; i < kMostOutputs; ++i) {
+    if (!Works(api.ShapeInferContext_SetOutputTypeShape(context, i, Shape(context, 0).get())))
+      break;
+  }
+  return false;
+}
+
 // The last `count` inputs are the cache; the outputs from first_output on are like them.
 void CacheOutputs(const ShapeInferContext* context, size_t count, size_t first_output) {
   const size_t inputs = Inputs(context);
-  if (inputs < count) return;
   for (size_t i = 0; i < count; ++i) SameAsInput(context, inputs - count + i, first_output + i);
 }
 
 }  // namespace
 
 Status* InferQuantize(const CustomOp*, ShapeInferContext* context) {
-  return Guard([&] { CacheOutputs(context, CacheTensors(context, ""), 0); });
+  return Guard([&] {
+    const size_t count = CacheTensors(context, "");
+    if (!CheckInputs(context, 3 + CodebookInputs(context, "") + count)) return;
+    CacheOutputs(context, count, 0);
+  });
 }
 
 Status* InferAttention(const CustomOp*, ShapeInferContext* context) {
   return Guard([&] {
+    const size_t count = CacheTensors(context, "k_") + CacheTensors(context, "v_");
+    const size_t codebooks = CodebookInputs(context, "k_") + CodebookInputs(context, "v_");
+    if (!CheckInputs(context, 5 + (Attribute(context, "has_sinks") ? 1 : 0) + codebooks + count))
+      return;
     SameAsInput(context, 0, 0);
-    CacheOutputs(context, CacheTensors(context, "k_") + CacheTensors(context, "v_"), 1);
+    CacheOutputs(context, count, 1);
   });
 }
 
 Status* InferDequantize(const CustomOp*, ShapeInferContext* context) {
   return Guard([&] {
     const size_t count = CacheTensors(context, ""), inputs = Inputs(context);
-    if (inputs < count) return;
+    if (!CheckInputs(context, 1 + CodebookInputs(context, "") + count)) return;
     Dims rows, sizes;
     std::vector<const char*> row_names, names;
     const Shape codes(context, inputs - count), tail(context, inputs - 1);

@@ -13,7 +13,8 @@ HQMQ_EXPORT Status* RegisterCustomOps(SessionOptions* options, const ApiBase* ba
     const Api* oldest = base->GetApi(1);
     const auto create = *reinterpret_cast<decltype(api.CreateStatus) const*>(oldest);
     const std::string version = base->GetVersionString();
-    return create(kFail, ("libhqmq_ort needs ONNX Runtime 1.17 or newer, this is " + version).c_str());
+    return create(kFail,
+                  ("libhqmq_ort needs ONNX Runtime 1.17 or newer, this is " + version).c_str());
   }
   api.load(table);
   return Guard([&] {
