@@ -28,7 +28,7 @@ _MAX_TABLES = 1024
 class _AttentionRole(Structure):
     """hqmq_attention_role of plugins/host/hqmq_host_attention.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("role", RoleParams),
         ("x", Rows),
         ("secondaries", c_void_p),
@@ -41,7 +41,7 @@ class _AttentionRole(Structure):
 class _AttentionParams(Structure):
     """hqmq_attention_params."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, c_int32) for name in ("batch", "heads", "group", "tokens", "num_pages", "window")],
         ("scale", c_float),
         ("softcap", c_float),

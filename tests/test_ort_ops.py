@@ -227,14 +227,16 @@ def test_quantize_and_dequantize(name: str, head_dim: int, heads: int, group: in
         expected = native_attention.load(past + new, role, book, present, torch.float32)
         assert torch.equal(bits(dense.run()[0]), bits(expected))
         output = dense.session.get_outputs()[0]
-        assert output.type == "tensor(float)" and output.shape[1] == heads and output.shape[3] == head_dim
+        assert output.type == "tensor(float)"
+        assert [output.shape[1], output.shape[3]] == [heads, head_dim]
 
 
 def test_types_and_shapes_are_inferred() -> None:
     case = Attention("hq4", 64, 2, 2, (0,), dtype=torch.float16)
     session = attention_model(case, 4, (4,)).session
     assert [output.type for output in session.get_outputs()] == [
-        f"tensor({kind})" for kind in ("float16", "int32", "float16", "float16", "float16", "int32", "float16", "float16")
+        f"tensor({kind})"
+        for kind in ("float16", "int32", "float16", "float16", "float16", "int32", "float16", "float16")
     ]
     assert session.get_outputs()[0].shape == ["d0_1", 4, "d2_4", 64]
     assert session.get_outputs()[1].shape == session.get_inputs()[5].shape
@@ -298,12 +300,12 @@ def test_errors_write_nothing() -> None:
     [
         ({"format_version": FORMAT_VERSION + 1}, "format version"),
         ({"k_storage": 7}, "k_storage"),
-        ({"k_page_mean": 0}, "inputs"),
+        ({"k_page_mean": 0}, "type inference"),
         ({"v_radius_bits": 3}, "levels"),
         ({"page_size": 4}, "page_size"),
         ({"window": -1}, "window"),
         ({"softcap": -1.0}, "softcap"),
-        ({"has_sinks": 1}, "inputs"),
+        ({"has_sinks": 1}, "type inference"),
     ],
 )
 def test_a_node_that_does_not_fit_is_refused_at_load(attributes: dict[str, Any], text: str) -> None:

@@ -8,6 +8,7 @@ namespace {
 class Quantize {
  public:
   static constexpr const char* kName = "HqmqQuantize";
+  static constexpr int kLeastOutputs = 2;
 
   explicit Quantize(const NodeInfo& node) : role_(node, "", "", node.Int("page_size", 8, 1024)) {
     node.CheckInterface(kCodebook + role_.codebook_inputs() + role_.cache_tensors(),
@@ -48,6 +49,7 @@ class Quantize {
 class Dequantize {
  public:
   static constexpr const char* kName = "HqmqDequantize";
+  static constexpr int kLeastOutputs = 1;
 
   explicit Dequantize(const NodeInfo& node) : role_(node, "", "", node.Int("page_size", 8, 1024)) {
     node.CheckInterface(kCodebook + role_.codebook_inputs() + role_.cache_tensors(), 1);
@@ -78,6 +80,7 @@ class Dequantize {
 class Attention {
  public:
   static constexpr const char* kName = "HqmqAttention";
+  static constexpr int kLeastOutputs = 5;
 
   explicit Attention(const NodeInfo& node)
       : key_(node, "k_", "key ", node.Int("page_size", 8, 1024)),
@@ -199,7 +202,7 @@ CustomOp MakeOp(Status* (*infer)(const CustomOp*, ShapeInferContext*)) {
   op.GetOutputCharacteristic = op.GetInputCharacteristic;
   op.GetInputMemoryType = [](const CustomOp*, size_t) -> int { return 0; };
   op.GetVariadicInputMinArity = [](const CustomOp*) -> int { return 1; };
-  op.GetVariadicOutputMinArity = op.GetVariadicInputMinArity;
+  op.GetVariadicOutputMinArity = [](const CustomOp*) -> int { return Kernel::kLeastOutputs; };
   op.GetVariadicInputHomogeneity = [](const CustomOp*) -> int { return 0; };
   op.GetVariadicOutputHomogeneity = op.GetVariadicInputHomogeneity;
   op.CreateKernelV2 = [](const CustomOp*, const Api*, const KernelInfo* info,
