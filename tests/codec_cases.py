@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import torch
 from torch import Tensor
 
-from hqmq_trt import codebooks, oracle
-from hqmq_trt.scheme import PRESETS, ROLES, RoleScheme
+from hqmq_trt import codebooks, native, oracle
+from hqmq_trt.scheme import PRESETS, ROLES, RoleScheme, Scheme
 
 PAPER = ("paper:s24_r3", "paper:s96_r4", "paper:s96_r4+med3", "paper:s8_r2+med3", "paper:s1_r1", "paper:s3_r8+med3")
 
@@ -62,3 +63,15 @@ def same_bytes(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     for name, tensor in a.items():
         x, y = (t.contiguous().view(torch.uint8) for t in (tensor, b[name]))
         assert torch.equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} bytes differ"
+
+
+def cache_digest() -> tuple[str, int, str]:
+    """Instruction set, threads, and sha256 of what the native codec writes for a few schemes."""
+    digest = hashlib.sha256()
+    for name in ("hq3", "hq5", "paper:s24_r3+med3"):
+        role = Scheme.parse(f"{name}@p16").key
+        cache = oracle.empty_cache(role, 16, 64, 2, 1, 3)
+        native.append(activations(1, 2, 40, 64), lengths(0), lengths(40), role, codebook(role, 2), list(cache.values()))
+        for tensor in cache.values():
+            digest.update(tensor.numpy().tobytes())
+    return native.versions()["isa"], native.num_threads(), digest.hexdigest()

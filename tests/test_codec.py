@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from hqmq_trt import native, oracle
 from hqmq_trt.codebooks import haar, optimised
 from hqmq_trt.format import mask_words, planes, words_per_token
 from hqmq_trt.scheme import Gain, RoleScheme, Scheme
-from tests.codec_cases import activations, cases, codebook, lengths, oracle_quantize, same_bytes
+from tests.codec_cases import activations, cache_digest, cases, codebook, lengths, oracle_quantize, same_bytes
 
 NEAR_TIE_SHARE = 1e-5
 
@@ -226,39 +225,12 @@ def test_pack_is_the_oracles_and_unpack_its_inverse(secondaries: int) -> None:
             assert np.array_equal(native.unpack(words, role, head_dim), codes)
 
 
-_DIGEST = """
-import hashlib, numpy as np
-from tests.codec_cases import activations, codebook, lengths
-from hqmq_trt import native, oracle
-from hqmq_trt.scheme import Scheme
-digest = hashlib.sha256()
-for name in ("hq3", "hq5", "paper:s24_r3+med3"):
-    role = Scheme.parse(name + "@p16").key
-    cache = oracle.empty_cache(role, 16, 64, 2, 1, 3)
-    native.append(activations(1, 2, 40, 64), lengths(0), lengths(40), role, codebook(role, 2), list(cache.values()))
-    for tensor in cache.values():
-        digest.update(tensor.numpy().tobytes())
-print(native.versions()["isa"], digest.hexdigest())
-"""
-
-
-def _digest(**environment: str) -> list[str]:
-    root = os.path.dirname(os.path.dirname(__file__))
-    run = subprocess.run(
-        [sys.executable, "-c", _DIGEST],
-        env={**os.environ, "PYTHONPATH": root, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return run.stdout.split()
-
-
 def test_baseline_kernels_and_one_thread_write_the_same_bytes() -> None:
-    isa, digest = _digest(HQMQ_ISA="baseline", HQMQ_NUM_THREADS="1")
-    assert isa == "baseline"
-    assert digest == _digest(HQMQ_NUM_THREADS="3")[1]
-    assert len(digest) == len(hashlib.sha256().hexdigest())
+    root = os.path.dirname(os.path.dirname(__file__))
+    code = "from tests.codec_cases import cache_digest; print(*cache_digest())"
+    environment = {**os.environ, "PYTHONPATH": root, "HQMQ_ISA": "baseline", "HQMQ_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["baseline", "1", cache_digest()[2]]
 
 
 def test_library_of_another_format_version_is_refused() -> None:

@@ -74,6 +74,24 @@ HQMQ_HD void PackCode(const Layout& layout, int chunk, uint32_t code, int32_t* w
   }
 }
 
+// Sets all codes of a token (chunk c at codes[c * stride]) in its words, which start as zeros.
+HQMQ_HD void PackToken(const Layout& layout, const int32_t* codes, int stride, int32_t* words) {
+  for (int i = 0; i < layout.num_planes; ++i) {
+    const Plane& plane = layout.planes[i];
+    const uint32_t mask = (1u << plane.width) - 1;
+    int bit = plane.offset;
+    uint32_t word = static_cast<uint32_t>(words[bit >> 5]);  // a plane may start within a word
+    for (int c = 0; c < layout.chunks; ++c) {
+      word |= ((static_cast<uint32_t>(codes[c * stride]) >> plane.shift) & mask) << (bit & 31);
+      bit += plane.width;
+      if ((bit & 31) == 0 || c + 1 == layout.chunks) {
+        words[(bit - 1) >> 5] = static_cast<int32_t>(word);
+        word = 0;
+      }
+    }
+  }
+}
+
 HQMQ_HD uint32_t UnpackCode(const Layout& layout, int chunk, const int32_t* words) {
   uint32_t code = 0;
   for (int i = 0; i < layout.num_planes; ++i) {

@@ -108,9 +108,14 @@ struct Lanes<F32x8> {
   static HQMQ_HD void Store(F32x8 x, float* to) { memcpy(to, &x.v, sizeof(x.v)); }
 
   static HQMQ_HD F32x8 Gather(const float* base, F32x8 which, int stride) {
+#ifdef HQMQ_X86_V3
+    const __m256i at = _mm256_mullo_epi32(_mm256_cvttps_epi32(which.v), _mm256_set1_epi32(stride));
+    return {_mm256_i32gather_ps(base, at, sizeof(float))};
+#else
     F32x8 out;
     for (int i = 0; i < 8; ++i) out.v[i] = base[static_cast<int>(which.v[i]) * stride];
     return out;
+#endif
   }
 
   static HQMQ_HD F32x8 LoadHalf(const uint16_t* from) {
@@ -135,7 +140,11 @@ struct Lanes<F32x8> {
   }
 
   static HQMQ_HD void StoreInt(F32x8 x, int32_t* to) {
+#ifdef HQMQ_X86_V3
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvttps_epi32(x.v));
+#else
     for (int i = 0; i < 8; ++i) to[i] = static_cast<int32_t>(x.v[i]);
+#endif
   }
 };
 

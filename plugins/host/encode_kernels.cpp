@@ -44,9 +44,10 @@ bool ToHalf(const void* from, int32_t dtype, int64_t n, uint16_t* to) {
     for (; i + 8 <= n; i += 8) L::StoreHalf(L::Load(values + i), to + i);
     for (; i < n; ++i) to[i] = HalfFromFloat(values[i]);
   }
-  bool bad = false;
-  for (int64_t i = 0; i < n; ++i) bad |= (to[i] & 0x7C00) == 0x7C00;
-  return !bad;
+  int bad = 0;
+  for (int64_t i = 0; i < n; ++i)
+    bad |= (to[i] & 0x7C00) + 0x400;  // carries where all five are set
+  return (bad & 0x8000) == 0;
 }
 
 // Mean over the page of one element: x is [P/8] vectors of eight tokens each, token t in lane t
@@ -57,29 +58,32 @@ float TokenSum(F32x8* x, int count) {
   return TreeSum(lanes, 8);
 }
 
-int MarkOutliers(const PageJob& job, int chunks, F32x8* norm2, const F32x8* x) {
+// Stores a page's outliers and marks them in norm2; flat is scratch for [P, C] floats.
+int MarkOutliers(const PageJob& job, int chunks, F32x8* norm2, const F32x8* x, float* flat) {
   const RoleParams& role = *job.role;
   const int mask_words = MaskWords(role);
   auto* norms = reinterpret_cast<float*>(norm2);
   const auto* values = reinterpret_cast<const float*>(x);
-  const auto at = [&](int i) -> float& {
-    const int t = i / chunks, c = i % chunks;
-    return norms[(t / 8 * chunks + c) * 8 + t % 8];
-  };
+  for (int t = 0; t < role.page_size; ++t) {
+    for (int c = 0; c < chunks; ++c) {
+      flat[t * chunks + c] = norms[(t / 8 * chunks + c) * 8 + t % 8];
+    }
+  }
   memset(job.outlier_mask, 0, mask_words * sizeof(int32_t));
   memset(job.outlier_value, 0, role.outlier_capacity * 4 * sizeof(uint16_t));
   uint16_t* slot = job.outlier_value;
-  const int dropped =
-      ChooseOutliers(at, role.page_size * chunks, role.outlier_capacity, [&](int i) {
-        const int t = i / chunks, c = i % chunks;
-        const uint32_t word = static_cast<uint32_t>(job.outlier_mask[i / 32]);
-        job.outlier_mask[i / 32] = static_cast<int32_t>(word | 1u << (i % 32));
-        for (int k = 0; k < 4; ++k) {
-          const float value = values[(t / 8 * role.head_dim + 4 * c + k) * 8 + t % 8];
-          *slot++ = HalfFromFloat(Max(-kHalfMax, Min(value, kHalfMax)));
-        }
-        at(i) = kOutlierMark;
-      });
+  const auto mark = [&](int i) {
+    const int t = i / chunks, c = i % chunks;
+    const uint32_t word = static_cast<uint32_t>(job.outlier_mask[i / 32]);
+    job.outlier_mask[i / 32] = static_cast<int32_t>(word | 1u << (i % 32));
+    for (int k = 0; k < 4; ++k) {
+      const float value = values[(t / 8 * role.head_dim + 4 * c + k) * 8 + t % 8];
+      *slot++ = HalfFromFloat(Max(-kHalfMax, Min(value, kHalfMax)));
+    }
+    norms[(t / 8 * chunks + c) * 8 + t % 8] = kOutlierMark;
+  };
+  const auto at = [&](int i) { return flat[i]; };
+  const int dropped = ChooseOutliers(at, role.page_size * chunks, role.outlier_capacity, mark);
   job.outlier_mask[mask_words - 1] = dropped;
   return dropped;
 }
@@ -93,6 +97,7 @@ int EncodePage(const PageJob& job) {
   F32x8* norm2 = x + groups * d;
   F32x8* column = norm2 + groups * chunks;
   F32x8* row = column + groups;
+  auto* flat = reinterpret_cast<float*>(row + chunks);
 
   const float hadamard_scale = role.hadamard ? HadamardScale(d) : 1.0f;
   for (int g = 0; g < groups; ++g) {
@@ -127,7 +132,7 @@ int EncodePage(const PageJob& job) {
     L::Store(Select(all, L::Set(1.0f), L::Set(0.0f)), finite + 8 * g);
   }
 
-  const int dropped = role.outlier_capacity > 0 ? MarkOutliers(job, chunks, norm2, x) : 0;
+  const int dropped = role.outlier_capacity > 0 ? MarkOutliers(job, chunks, norm2, x, flat) : 0;
 
   memset(job.codes, 0, static_cast<size_t>(role.page_size) * layout.words * sizeof(int32_t));
   for (int g = 0; g < groups; ++g) {
@@ -135,15 +140,14 @@ int EncodePage(const PageJob& job) {
     uint16_t* scales = job.scales + 8 * g;
     L::StoreHalf(TokenScale(role.gain, role.radius_bits, row, chunks), scales);
     const F32x8 step = L::LoadHalf(scales);
+    auto* codes = reinterpret_cast<int32_t*>(row);  // the norms there are used up
     for (int c = 0; c < chunks; ++c) {
       const F32x8 code = ChunkCode(role, layout, x + g * d + 4 * c, norm2[g * chunks + c], step,
                                    job.secondaries, job.middles);
-      int32_t codes[8];
-      L::StoreInt(code, codes);
-      for (int t = 0; t < 8; ++t) {
-        PackCode(layout, c, static_cast<uint32_t>(codes[t]),
-                 job.codes + (8 * g + t) * layout.words);
-      }
+      L::StoreInt(code, codes + 8 * c);
+    }
+    for (int t = 0; t < 8; ++t) {
+      PackToken(layout, codes + t, 8, job.codes + (8 * g + t) * layout.words);
     }
     for (int t = 0; t < 8; ++t) {
       if (finite[8 * g + t] == 0.0f) scales[t] = kHalfNan;

@@ -25,8 +25,9 @@ struct PageJob {
 };
 
 inline size_t ScratchFloats(const RoleParams& role) {
-  const size_t p = role.page_size, d = role.head_dim;
-  return p * d + p * (d / 4) + p + 8 * (d / 4);
+  const size_t p = role.page_size, d = role.head_dim, chunks = d / 4;
+  const size_t flat = role.outlier_capacity > 0 ? p * chunks : 0;
+  return p * d + p * chunks + p + 8 * chunks + flat;
 }
 
 struct EncodeKernels {
