@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -258,3 +261,43 @@ def test_levels_of_max_gain_round_half_to_even() -> None:
     native.append(token.repeat(1, 1, 8, 1), lengths(0), lengths(8), role, book, list(cache.values()))
     codes = native.unpack(cache["codes"][0, 0].numpy(), role, 16)
     assert (codes[0] >> role.index_bits & 7).tolist() == [0, 2, 2, 7]
+
+
+def test_a_callers_threads_run_the_loops() -> None:
+    scheme = Scheme.parse("hq3@p16")
+    book = codebook(scheme.key, 2)
+    x = activations(2, 2, 40, 64)
+    past, new = lengths(0, 0), lengths(40, 33)
+    own, lent = ([*oracle.empty_cache(scheme.key, 16, 64, 2, 2, 3).values()] for _ in range(2))
+    native.append(x, past, new, scheme.key, book, own)
+    ran = []
+
+    def parallel_for(pool: int, count: int, body: Callable[[int, int], None], ctx: int) -> None:
+        assert pool == 77
+        for i in reversed(range(count)):
+            body(ctx, i)
+            ran.append(i)
+
+    body_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, body_type, ctypes.c_void_p)(parallel_for)
+    pointers, params, num_pages = native.role_cache(scheme.key, lent)
+    source, x = native.rows(x, "x")
+    books, keep = native.codebook_pointers(scheme.key, book, 2)
+    arrays = [past.data_ptr(), new.data_ptr(), *books]
+    dropped = ctypes.c_int64()
+    native.check(
+        native.library().hqmq_append(
+            ctypes.byref(params), 2, 2, 40, num_pages, ctypes.byref(source), *arrays, ctypes.byref(pointers),
+            ctypes.byref(dropped), ctypes.cast(callback, ctypes.c_void_p), ctypes.c_void_p(77),
+        )
+    )  # fmt: skip
+    del keep
+    assert 7 in ran  # 2 heads of 2 pages in both sequences
+    for a, b in zip(own, lent, strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_concurrent_calls_write_the_same_bytes() -> None:
+    expected = cache_digest()[2]
+    with ThreadPoolExecutor(4) as executor:
+        assert {future[2] for future in executor.map(lambda _: cache_digest(), range(8))} == {expected}
