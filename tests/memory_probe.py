@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
+from onnx.numpy_helper import from_array
 
 from hqmq_trt import codebooks, ort_library
 from hqmq_trt.contract import ATTENTION, DOMAIN, attention_attributes
@@ -36,7 +37,7 @@ def attention_model(scheme: Scheme) -> tuple[onnx.ModelProto, dict[str, np.ndarr
             onnx.numpy_helper.from_array(
                 codebooks.secondaries(role, 0, 0, HEADS, role_name), f"{role_name}_secondaries"
             ),
-            onnx.numpy_helper.from_array(codebooks.levels(role), f"{role_name}_levels"),
+            from_array(codebooks.levels(role), f"{role_name}_levels"),
         ]
         for spec in cache_tensors(role, scheme.page_size, HEAD_DIM, HEADS, 1, PAGES):
             name = f"{role_name}.{spec.name}"
