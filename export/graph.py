@@ -17,7 +17,7 @@ from hqmq_trt.format import CacheTensor, cache_tensors
 from hqmq_trt.manifest import codebook_name
 from hqmq_trt.scheme import ROLES, Scheme
 
-from . import weights
+from . import functions, weights
 from .capture import CaptureModule
 from .layers import AttentionLayer
 from .translate import TABLE
@@ -66,6 +66,7 @@ def build(model: Any, scheme: Scheme, mode: str, layers: Sequence[AttentionLayer
     _rename(result.graph.outputs, ["logits", "present_length", *(f"present.{name}" for name in names)])
     _attach_codebooks(result, scheme, layers)
     _name_nodes(result.graph)
+    functions.attach(result)
     result.ir_version = max(IR_VERSION, result.ir_version or 0)
     result.opset_imports[contract.DOMAIN] = contract.OPSET_VERSION
     result.producer_name, result.producer_version = "hqmq-trt", None

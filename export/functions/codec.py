@@ -39,8 +39,8 @@ class Codec:
         secondaries = 0
         for value in node.inputs:
             if value is not None and (value.name or "").endswith(".secondaries"):
-                secondaries = int(value.shape[1])  # type: ignore[index,arg-type]
-        return Codec(heads=int(tail.shape[1]), head_dim=int(tail.shape[3]), secondaries=secondaries, **number)  # type: ignore[arg-type]
+                secondaries = int(value.shape[1])
+        return Codec(heads=int(tail.shape[1]), head_dim=int(tail.shape[3]), secondaries=secondaries, **number)
 
     @property
     def name(self) -> str:

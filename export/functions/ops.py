@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
@@ -30,7 +30,7 @@ class Ops:
 
     def __init__(self, outer: Ops | None = None) -> None:
         self.nodes: list[ir.Node] = []
-        self._names = outer._names if outer else count()
+        self._names: Iterator[int] = outer._names if outer else count()
         self._constants: dict[Any, ir.Value] = dict(outer._constants) if outer else {}
 
     def branch(self) -> Ops:
