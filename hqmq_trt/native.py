@@ -7,7 +7,6 @@ The library is ``libhqmq_host.so`` in the folder named by the environment variab
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import lru_cache
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import FORMAT_VERSION, cache_tensors, words_per_token
+from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE, REBUILD, library_dir, library_path  # noqa: F401
 from hqmq_trt.scheme import RoleScheme
 
-LIBRARY_DIR_VARIABLE = "HQMQ_LIBRARY_DIR"
 HOST_LIBRARY = "libhqmq_host.so"
-_REBUILD = "rebuild it with: pip install . (or cmake --preset dev, --build and --install build/dev --prefix .)"
 
 Array = Tensor | NDArray[np.generic]
 
@@ -111,24 +109,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-def library_dir() -> Path:
-    """Folder of the native libraries: $HQMQ_LIBRARY_DIR, or hqmq_trt/_lib."""
-    chosen = os.environ.get(LIBRARY_DIR_VARIABLE)
-    return Path(chosen) if chosen else Path(__file__).parent / "_lib"
-
-
-def library_path(name: str) -> Path:
-    """Path of a native library by file name.
-
-    Raises:
-        HqmqError: there is none in :func:`library_dir`.
-    """
-    path = library_dir() / name
-    if not path.is_file():
-        raise HqmqError(f"native library {path} is missing; {_REBUILD}, or set {LIBRARY_DIR_VARIABLE} to its folder")
-    return path
-
-
 def load_library(path: Path, expected_format: int = FORMAT_VERSION) -> ctypes.CDLL:
     """Load a library with the C interface of hqmq_host.h and check that it fits this package.
 
@@ -140,17 +120,17 @@ def load_library(path: Path, expected_format: int = FORMAT_VERSION) -> ctypes.CD
         lib.hqmq_format_version.restype, lib.hqmq_format_version.argtypes = c_int32, []
         found = lib.hqmq_format_version()
     except (OSError, AttributeError) as error:
-        raise HqmqError(f"cannot load native library {path} ({error}); {_REBUILD}") from None
+        raise HqmqError(f"cannot load native library {path} ({error}); {REBUILD}") from None
     if found != expected_format:
         raise HqmqError(
             f"native library {path} is built for format version {found}, this package needs {expected_format}; "
-            f"{_REBUILD}"
+            f"{REBUILD}"
         )
     for name, structure in (("role_params", RoleParams), ("role_cache", RoleCache)):
         size = getattr(lib, f"hqmq_{name}_size")
         size.restype, size.argtypes = c_size_t, []
         if size() != ctypes.sizeof(structure):
-            raise HqmqError(f"native library {path} has another hqmq_{name} than this package; {_REBUILD}")
+            raise HqmqError(f"native library {path} has another hqmq_{name} than this package; {REBUILD}")
     declare(lib, _SIGNATURES)
     return lib
 

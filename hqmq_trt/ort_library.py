@@ -14,9 +14,9 @@ from typing import Any
 
 import onnxruntime as ort
 
-from hqmq_trt import native
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import FORMAT_VERSION
+from hqmq_trt.library_files import library_path
 
 ORT_LIBRARY = "libhqmq_ort.so"
 _REBUILD = "rebuild it with: pip install ."
@@ -45,7 +45,7 @@ def library_version() -> str:
     Raises:
         HqmqError: missing, foreign, or built for another format version.
     """
-    return _checked(native.library_path(ORT_LIBRARY), FORMAT_VERSION)
+    return _checked(library_path(ORT_LIBRARY), FORMAT_VERSION)
 
 
 def register(options: ort.SessionOptions) -> None:
@@ -55,7 +55,7 @@ def register(options: ort.SessionOptions) -> None:
         HqmqError: the library is missing, foreign or built for another format version, or ONNX Runtime refuses it.
     """
     library_version()
-    path = native.library_path(ORT_LIBRARY)
+    path = library_path(ORT_LIBRARY)
     try:
         options.register_custom_ops_library(str(path))
     except Exception as error:  # ONNX Runtime raises a type per status code, with no base of their own

@@ -44,9 +44,7 @@ def tiny_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<bos>", "<eos>", "<pad>", "<user>"])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     fast.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}<bos>"
     return fast
 
@@ -66,7 +64,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     # Ordinary initialisation is so small that every token is as likely as any other.
-                    parameter.mul_(4.0 if "norm" not in name else 1.0)
+                    parameter.mul_(2.0 if "norm" not in name else 1.0)
             model.save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
             made[arch] = folder
@@ -76,9 +74,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
-def tiny_export(
-    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def tiny_export(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(scheme, mode, arch) → folder of an export; a test that changes it must copy it first."""
     made: dict[tuple[str, str, str], Path] = {}
 

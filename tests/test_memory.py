@@ -25,7 +25,7 @@ def memory(*arguments: str) -> dict[str, Any]:
 def test_llama_70b_at_128k_takes_43_gb() -> None:
     document = memory("--model", "llama-3-70b", "--context", "131072")
     assert document["fp16_bytes"] == 80 * 2 * 8 * 128 * 131072 * 2 == 42_949_672_960
-    assert [row["scheme"] for row in document["schemes"]][0] == "fp16"
+    assert document["schemes"][0]["scheme"] == "fp16"
     assert document["schemes"][0]["by_kind"]["codes"] == document["fp16_bytes"]
 
 

@@ -323,7 +323,7 @@ def test_cache_of_other_page_size_is_refused() -> None:
 def test_library_checks(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ort_library.library_version()
     with pytest.raises(HqmqError, match="format version"):
-        ort_library._checked(ort_library.native.library_path(ort_library.ORT_LIBRARY), FORMAT_VERSION + 1)
+        ort_library._checked(ort_library.library_path(ort_library.ORT_LIBRARY), FORMAT_VERSION + 1)
     with pytest.raises(HqmqError, match="does not exist"):
         ort_library.session(tmp_path / "none.onnx")
     with pytest.raises(HqmqError, match="no option 'colour'"):

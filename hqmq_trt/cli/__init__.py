@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -54,6 +55,6 @@ def main() -> None:
         app()
     except (HqmqError, OSError) as error:
         if Output.verbose:
-            raise
+            traceback.print_exc()
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

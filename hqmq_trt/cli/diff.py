@@ -56,21 +56,19 @@ def diff(
     ids = Tokenizer(folder, manifest).encode(document)
     wanted = tokens + decode_steps
     if len(ids) < wanted:
-        raise HqmqError(
-            f"the text has {len(ids)} tokens, {wanted} are needed: give a longer --text, or fewer --tokens"
-        )
+        raise HqmqError(f"the text has {len(ids)} tokens, {wanted} are needed: give a longer --text, or fewer --tokens")
     import torch
 
     from hqmq_trt.diff import compare
-    from hqmq_trt.diff.compare import REFERENCES
-    from hqmq_trt.export import load_model
+    from hqmq_trt.diff.comparison import REFERENCES
+    from hqmq_trt.export.source import load
 
     if threads:
         torch.set_num_threads(threads)
     references = REFERENCES if against is Against.both else (against.value,)
     with output.progress() as progress:
         loading = progress.add_task(f"loading {model}", total=None)
-        torch_model = load_model(model, gguf_file, manifest.dtype)
+        torch_model = load(model, manifest.dtype, gguf_file).model.eval()
         progress.remove_task(loading)
         tasks = {name: progress.add_task(name, total=wanted) for name in (*references, "onnxruntime")}
         result = compare(

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag, size
 from hqmq_trt.scheme import Scheme
+
+_STAGES = {"load": "loading", "capture": "capturing the graph", "write": "writing", "hash": "hashing"}
 
 
 class Mode(str, Enum):
@@ -29,12 +32,16 @@ class DType(str, Enum):
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Hugging Face name or folder (safetensors or GGUF).")],
+    model: Annotated[str, typer.Argument(help="Hugging Face name, folder (safetensors) or .gguf file.")],
     folder: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    scheme: Annotated[str, typer.Option("--scheme", "-s", help="hq3, hq3.5, hq4, hq5, fp16, paper:s{S}_r{r}[+med3]…")] = "hq4",
-    mode: Annotated[Mode, typer.Option(help="One fused operator, or Quantize and Dequantize around attention.")] = Mode.fused,
+    scheme: Annotated[
+        str, typer.Option("--scheme", "-s", help="hq3, hq3.5, hq4, hq5, fp16, paper:s{S}_r{r}[+med3] or k=…,v=….")
+    ] = "hq4",
+    mode: Annotated[
+        Mode, typer.Option(help="One fused operator, or Quantize and Dequantize around ordinary attention.")
+    ] = Mode.fused,
     seed: Annotated[int, typer.Option(help="Seed of the codebooks.")] = 0,
-    dtype: Annotated[DType, typer.Option(help="Weights and activations.")] = DType.float32,
+    dtype: Annotated[DType | None, typer.Option(help="Of weights and activations [default: the model's].")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the model's folder.")] = None,
     fold: Annotated[bool, typer.Option("--fold/--no-fold", help="Fold V's rotation into the weights.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
@@ -45,3 +52,38 @@ def export(
     """Export a model to ONNX with a packed KV cache."""
     output = Output(json_mode, quiet, verbose)
     parsed = Scheme.parse(scheme, seed)
+    with output.progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as shown:
+        task = shown.add_task(_STAGES["load"], total=1.0)
+
+        def progress(stage: str, share: float) -> None:
+            shown.update(task, description=_STAGES.get(stage, stage), completed=share)
+
+        from hqmq_trt.export import export_model
+
+        manifest = export_model(
+            model,
+            folder,
+            parsed,
+            mode=mode.value,
+            dtype=dtype.value if dtype else None,
+            gguf_file=gguf_file,
+            fold=fold,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    total = sum(file.size for file in manifest.files)
+    document = {
+        "folder": str(folder),
+        "architecture": manifest.architecture,
+        "scheme": manifest.scheme,
+        "mode": manifest.mode,
+        "dtype": manifest.dtype,
+        "layers": len(manifest.layers),
+        "files": [{"name": file.name, "bytes": file.size} for file in manifest.files],
+        "bytes": total,
+    }
+    text = (
+        f"{folder}: {manifest.architecture}, {len(manifest.layers)} layers, {manifest.scheme} ({manifest.mode}), "
+        f"{manifest.dtype}, {size(total)}"
+    )
+    output.result(document, Text(text))

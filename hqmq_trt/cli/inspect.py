@@ -197,7 +197,7 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
 def _layer_table(layers: list[Layer]) -> Table:
     """Attention layers; neighbours that are alike share a row."""
     table = Table(title="attention layers", title_justify="left")
-    for name in ("layers", "heads", "KV heads", "head_dim", "scale", "window", "softcap", "sinks", "V rotation"):
+    for name in ("layers", "heads", "KV", "dim", "scale", "window", "softcap", "sinks", "V folded"):
         table.add_column(name, justify="right")
     runs: list[tuple[int, int, tuple[str, ...]]] = []
     for index, layer in enumerate(layers):
@@ -209,7 +209,7 @@ def _layer_table(layers: list[Layer]) -> Table:
             str(layer.window or "-"),
             str(layer.softcap or "-"),
             "yes" if layer.has_sinks else "-",
-            "in the weights" if layer.value_rotation_folded else "-",
+            "yes" if layer.value_rotation_folded else "-",
         )
         if runs and runs[-1][2] == cells:
             runs[-1] = (runs[-1][0], index, cells)

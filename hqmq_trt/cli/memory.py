@@ -42,9 +42,7 @@ def memory(
         return
     shape = _shape(model, layers, kv_heads, head_dim)
     dense = 2 * shape.elements_per_token * context * batch
-    rows = [
-        scheme_row(Scheme.parse(name), shape, context, batch, outlier_share) for name in scheme or DEFAULT_SCHEMES
-    ]
+    rows = [scheme_row(Scheme.parse(name), shape, context, batch, outlier_share) for name in scheme or DEFAULT_SCHEMES]
     document = {
         "model": model,
         "layers": shape.layers,

@@ -38,6 +38,7 @@ class Output:
             logging.getLogger().setLevel(logging.ERROR)
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("TQDM_DISABLE", "1")
 
     def note(self, text: str) -> None:
         """One line on stderr, unless quiet."""

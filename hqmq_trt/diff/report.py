@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
-from hqmq_trt.diff.compare import DiffResult
+from hqmq_trt.diff.comparison import DiffResult
 from hqmq_trt.scheme import ROLES
 
 REFERENCE_NAMES = {
@@ -102,7 +102,10 @@ def _layers(result: DiffResult) -> str:
         errors = [error for error in result.layers if error.role == role]
         axes.bar([error.layer + offset for error in errors], [error.in_run for error in errors], 0.4, label=role)
         axes.plot(
-            [error.layer + offset for error in errors], [error.codec for error in errors], "k_", markersize=5,
+            [error.layer + offset for error in errors],
+            [error.codec for error in errors],
+            "k_",
+            markersize=5,
             label="codec alone" if role == ROLES[0] else None,
         )
     axes.set_xlabel("layer")

@@ -26,7 +26,7 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int = 128
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop_tokens: frozenset[int] = frozenset()
 
     @property

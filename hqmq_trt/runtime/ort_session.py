@@ -11,8 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from hqmq_trt import ort_library
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.ort_library import register
 from hqmq_trt.runtime.session import DEFAULT_PREFILL_CHUNK, Logits, Session
 
 _ALIGNMENT = 64
@@ -51,11 +51,9 @@ class OrtSession(Session):
         threads: int = 0,
     ) -> None:
         super().__init__(folder, max_batch, max_context, prefill_chunk)
-        if threads < 0:
-            raise HqmqError(f"threads {threads} is negative; 0 lets ONNX Runtime choose")
         self._path = self.folder / self.manifest.model_file
         self.manifest.verify_codebooks(self._path)
-        self._session = self._load(threads)
+        self._session = ort_library.session(self._path, threads=threads)
         self._cache = {
             name: _zeros(spec.shape, _NUMPY_TYPE[spec.dtype])
             for name, spec in self.manifest.cache(max_batch, self.num_pages)
@@ -76,25 +74,13 @@ class OrtSession(Session):
         """The live buffers of one layer and role (``key`` or ``value``), in the order of format.cache_tensors."""
         return [buffer for name, buffer in self._cache.items() if name.startswith(f"{layer}.{role}.")]
 
-    def _load(self, threads: int) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        register(options)
-        try:
-            return ort.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a type per status code, with no base of their own
-            raise HqmqError(f"{self._path}: ONNX Runtime cannot load it: {_one_line(error)}") from error
-
     def _check_interface(self) -> None:
         steps = {"input_ids", "past_length", "new_length", "logits_index"}
         found = {value.name for value in self._session.get_inputs()}
         wanted = steps | {f"past.{name}" for name in self._cache}
         if found != wanted:
             odd = sorted(found ^ wanted)
-            raise HqmqError(
-                f"{self._path}: its inputs differ from manifest.json at '{odd[0]}'; export the model again"
-            )
+            raise HqmqError(f"{self._path}: its inputs differ from manifest.json at '{odd[0]}'; export the model again")
 
     def _run(
         self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
@@ -113,7 +99,7 @@ class OrtSession(Session):
         binding.bind_output("logits", "cpu", 0, logits_type, shape, self._logits.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # see _load
+        except Exception as error:  # ONNX Runtime raises a type per status code, with no base of their own
             raise HqmqError(f"{self._path}: {_one_line(error)}") from error
         return _float32(self._logits[:size].reshape(shape))
 
@@ -131,12 +117,9 @@ class OrtSession(Session):
 
     def present_pointers(self) -> dict[str, tuple[int, int]]:
         """Address of each cache tensor's buffer and of the output ONNX Runtime wrote in the last run, by name."""
-        binding = self._bindings[max(self._bindings)]
-        names = [value.name for value in self._session.get_outputs()]
-        written = dict(zip(names, binding.get_outputs(), strict=True))
-        return {
-            name: (buffer.ctypes.data, written[f"present.{name}"].data_ptr()) for name, buffer in self._cache.items()
-        }
+        written = self._bindings[max(self._bindings)].get_outputs()  # in the order in which they were bound
+        pairs = zip(self._cache.items(), written[: len(self._cache)], strict=True)
+        return {name: (buffer.ctypes.data, output.data_ptr()) for (name, buffer), output in pairs}
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -53,9 +53,7 @@ class Sampler:
         return int(tokens[min(drawn, len(tokens) - 1)])  # rounding may leave the sum below the number drawn
 
 
-def kept_tokens(
-    logits: NDArray[np.float32], sampling: Sampling
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def kept_tokens(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """Tokens that may be drawn, most likely first, and their probabilities (sum 1), for temperature > 0."""
     score = logits.astype(np.float64) / sampling.temperature
     order = np.argsort(-score, kind="stable")
