@@ -21,13 +21,21 @@ HQMQ_HD U32x8 LoadPlane(const uint8_t* from, int width) {
     typedef uint16_t U16x8 __attribute__((vector_size(16)));
     U16x8 x;
     memcpy(&x, from, sizeof(x));
+#ifdef HQMQ_X86_V3
+    return BitCast<U32x8>(_mm256_cvtepu16_epi32(BitCast<__m128i>(x)));
+#else
     return __builtin_convertvector(x, U32x8);
+#endif
   }
   if (width == 8) {
     typedef uint8_t U8x8 __attribute__((vector_size(8)));
     U8x8 x;
     memcpy(&x, from, sizeof(x));
+#ifdef HQMQ_X86_V3
+    return BitCast<U32x8>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(BitCast<int64_t>(x))));
+#else
     return __builtin_convertvector(x, U32x8);
+#endif
   }
   const uint32_t unit = static_cast<uint32_t>(width);
   uint32_t bits = 0;
@@ -75,6 +83,17 @@ HQMQ_HD F32x8 LookUp(const float* levels, U32x8 level) {
   return out;
 }
 
+// out[4*i + j] = words[index[i]][j] * radius[i], eight chunks.
+HQMQ_HD void ScaleWords(F32x8 radius, U32x8 index, const float* words, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    F32x4 x;
+    memcpy(&x, words + 4 * size_t{index[i]}, sizeof(x));
+    x *= static_cast<float>(radius.v[i]);
+    memcpy(out + 4 * i, &x, sizeof(x));
+  }
+}
+
 template <int kBits, Lookup kLookup>
 HQMQ_HD void DecodeGroups(const Layout& layout, const uint8_t* token, float scale,
                           const float* words, const float* levels, float* out) {
@@ -86,17 +105,8 @@ HQMQ_HD void DecodeGroups(const Layout& layout, const uint8_t* token, float scal
     const U32x8 index = code & index_mask;
     const U32x8 sign = (code >> (layout.index_bits + layout.radius_bits)) << 31;
     const F32x8 size = Mul(LookUp<kLookup>(levels, (code >> layout.index_bits) & level_mask), step);
-    alignas(32) float radius[8];
-    alignas(32) uint32_t word[8];
-    Lanes<F32x8>::Store({BitCast<F32x8::Vector>(BitCast<U32x8>(size.v) ^ sign)}, radius);
-    memcpy(word, &index, sizeof(word));
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      F32x4 x;
-      memcpy(&x, words + 4 * size_t{word[i]}, sizeof(x));
-      x *= radius[i];
-      memcpy(out + 32 * group + 4 * i, &x, sizeof(x));
-    }
+    ScaleWords({BitCast<F32x8::Vector>(BitCast<U32x8>(size.v) ^ sign)}, index, words,
+               out + 32 * group);
   }
 }
 
