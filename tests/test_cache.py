@@ -355,7 +355,7 @@ def test_nan_in_a_model_is_reported_and_the_cache_says_it_is_stale() -> None:
     cache = HqmqCache.for_model(model, SCHEME)
     embeds = model.get_input_embeddings()(ids)
     embeds[0, 2, 3] = float("nan")
-    with pytest.raises(HqmqError, match="^k.*NaN"):
+    with pytest.raises(HqmqError, match=r"^k.*NaN"):
         model(inputs_embeds=embeds, past_key_values=cache)
     with pytest.raises(HqmqError, match="reset"):
         model(ids, past_key_values=cache)

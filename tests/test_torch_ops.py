@@ -405,3 +405,32 @@ def test_export_keeps_batch_rows_and_capacity_dynamic() -> None:
     for a, b in zip(program.module()(*args), model(*args), strict=True):
         assert a.shape == b.shape
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@EVERY_SCHEME
+def test_cuda_tensors_follow_the_oracle(name: str, head_dim: int) -> None:
+    case = make(name, head_dim)
+    scheme, page, past = case.scheme, case.scheme.page_size, lengths(0, 0)
+    cache = [tensor.cuda() for tensor in case.both(case.empty)]
+    split = len(case.empty("key"))
+    named = tuple(case.named(role, case.empty(role)) for role in ROLES)
+    (key_book, key_levels), (value_book, value_levels) = (case.oracle_books(role) for role in ROLES)
+    for step, new in enumerate([lengths(2 * page + 3, 5), lengths(1, 1), lengths(page, 3)]):
+        rows = int(new.max())
+        q, k, v = case.x(rows, step, 4), case.x(rows, 10 + step), case.x(rows, 20 + step)
+        expected, named = oracle.attention(
+            q, k, v, past, new, scheme, (key_book, value_book), (key_levels, value_levels), (named[0], named[1]),
+            head_dim**-0.5, 40, 2.0,
+        )  # fmt: skip
+        on_gpu = [x.cuda() for x in (q, k, v, past, new)]
+        books = [book.cuda() for book in case.both(case.books)]
+        y = OPS.attention_(*on_gpu, None, books, cache, scheme.name, head_dim**-0.5, 40, 2.0)
+        torch.testing.assert_close(y.cpu(), expected, rtol=2e-4, atol=2e-4)
+        past = past + new
+    for role, tensors, oracle_cache in zip(ROLES, (cache[:split], cache[split:]), named, strict=True):
+        assert_same_bytes([tensor.cpu() for tensor in tensors], list(oracle_cache.values()), scheme.role(role))
+        dense = OPS.dequantize(past.cuda(), [b.cuda() for b in case.books(role)], tensors, scheme.name, role, q.dtype)
+        expected = oracle.dequantize(oracle_cache, past, scheme.role(role), *case.oracle_books(role))
+        assert ((dense.cpu() - expected).abs() > 1e-3).float().mean() < 1e-3  # near-ties decode to a neighbour
