@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def as_tensor(value: ort.OrtValue) -> Tensor:
     """A torch copy of an output of any of our types."""
     dtype = {name: torch_type for torch_type, name in TYPES.items()}[value.element_type()]
     size = int(np.prod(value.shape())) * dtype.itemsize
-    raw = (np.ctypeslib.ctypes.c_uint8 * size).from_address(value.data_ptr())
+    raw = (ctypes.c_uint8 * size).from_address(value.data_ptr())
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(value.shape()) if size else torch.empty(value.shape())
 
 
@@ -103,14 +104,14 @@ def names_of(case: Attention, role: RoleScheme, prefix: str) -> list[str]:
 
 def caches_of(case: Attention) -> dict[str, Tensor]:
     """Copies of the case's caches, by input name."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for role, prefix, cache in zip((case.scheme.key, case.scheme.value), "kv", case.clone(), strict=True):
         out.update(zip(names_of(case, role, prefix), cache, strict=True))
     return out
 
 
 def books_of(case: Attention) -> dict[str, Tensor]:
-    out = {}
+    out: dict[str, Tensor] = {}
     for prefix, book in zip("kv", case.books, strict=True):
         out.update(zip((f"{prefix}_s", f"{prefix}_l"), book, strict=False))
     return out
