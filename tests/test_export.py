@@ -101,7 +101,8 @@ def tokens() -> np.ndarray:
 
 def run_exported(exported: Exported) -> list[Tensor]:
     """Logits [tokens, V] of each sequence, in steps of LENGTHS."""
-    ids, rows = tokens(), [[] for _ in LENGTHS[0]]
+    ids = tokens()
+    rows: list[list[Tensor]] = [[] for _ in LENGTHS[0]]
     done = np.zeros(len(rows), int)
     for new in LENGTHS:
         padded = np.zeros((len(rows), max(new)), np.int64)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .codec import Codec
-from .ops import FLOAT, HALF, INT32, INT64, Ops
+from .ops import FLOAT, INT32, INT64, Ops
 
 _WORD = 1 << 32
 
@@ -54,7 +54,7 @@ def half_to_words(o: Ops, x: Any, head_dim: int) -> Any:
     """float16 [..., D] of rank 4 to int32 [..., D/2] of the same bits (a NaN becomes the quiet NaN 0x7E00)."""
     x = o.to(x, FLOAT)
     size = o.Abs(x)
-    finite = o.Less(size, np.float32(np.inf) * np.ones((), np.float32))
+    finite = o.Less(size, float("inf"))
     # In units of 2^-24 a finite half is an integer: mantissa << (exponent - 1), or just the mantissa if subnormal.
     units = o.to(o.Mul(o.Where(finite, size, 0.0), float(2**24)), INT64)
     exponent = o.Mul(units, 0)
@@ -88,8 +88,3 @@ def _scalar(value: float) -> Any:
 
 def _power(o: Ops, exponent: Any) -> Any:
     return o.Gather(np.left_shift(1, np.arange(32, dtype=np.int64)), exponent)
-
-
-def to_half(o: Ops, x: Any) -> Any:
-    """float32 to float16, nearest even."""
-    return o.to(x, HALF)

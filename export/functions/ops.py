@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -112,7 +113,7 @@ class Ops:
             low, high = self.split(pairs, 2, 4)
             x = self.Reshape(self.Concat(self.Add(low, high), self.Sub(low, high), axis=4), [0, 0, 0, size])
             stride *= 2
-        return self.Mul(x, np.float32(1.0 / np.sqrt(size)) * np.ones((), np.float32))
+        return self.Mul(x, 1.0 / math.sqrt(size))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a*b + c in float32, rounded once: a and b come as float64, c as float32."""
