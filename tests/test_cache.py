@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,93 +10,19 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import masking_utils
 
 from hqmq_trt import hf_attention
-from hqmq_trt.cache import HqmqCache, HqmqLayer
+from hqmq_trt.cache import HqmqCache
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_bytes
 from hqmq_trt.scheme import Scheme
-
-VOCAB = 97
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-MIXED = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "qwen2": ("Qwen2", {}),
-    "mistral": ("Mistral", {"sliding_window": 20}),
-    "gpt2": ("GPT2", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024, "attn_pdrop": 0.0}),
-    "gemma2": ("Gemma2", {**MIXED, "attn_logit_softcapping": 5.0}),
-    "gpt_oss": ("GptOss", {**MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
-}
-EVERY_MODEL = pytest.mark.parametrize("name", list(MODELS))
-SCHEME = "paper:s90_r6@p16"
-PAGE = 16
-
-
-@functools.cache
-def _model(name: str, dtype: torch.dtype) -> Any:
-    family, options = MODELS[name]
-    sizes = {k: v for k, v in SIZES.items() if name != "gpt2" or k.endswith("token_id") or k == "vocab_size"}
-    config = getattr(transformers, f"{family}Config")(**sizes, **options)
-    model = getattr(transformers, "GPT2LMHeadModel" if name == "gpt2" else f"{family}ForCausalLM")(config)
-    gen = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.12, generator=gen)
-            elif parameter_name.endswith(("bias", "sinks")):
-                parameter.normal_(0, 0.3, generator=gen)
-    return model.to(dtype).eval()
+from tests.cache_cases import EVERY_MODEL, PAGE, SCHEME, generate, left_pad, mean_kl, model_of, prompt, run
 
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def model_of(name: str, implementation: str = "eager", dtype: torch.dtype = torch.float32) -> Any:
-    model = _model(name, dtype)
-    model.set_attn_implementation(implementation)
-    return model
-
-
-def prompt(*lengths: int, seed: int = 0) -> list[Tensor]:
-    gen = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCAB, (1, length), generator=gen) for length in lengths]
-
-
-def left_pad(prompts: list[Tensor]) -> dict[str, Tensor]:
-    width = max(p.shape[1] for p in prompts)
-    pad = [torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts]
-    mask = [torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts]
-    return {"input_ids": torch.cat(pad), "attention_mask": torch.cat(mask)}
-
-
-def generate(model: Any, cache: Any, inputs: dict[str, Tensor], tokens: int = 12, **kwargs: Any) -> Any:
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True, **kwargs}
-    return model.generate(**inputs, past_key_values=cache, max_new_tokens=tokens, **options)
-
-
-def mean_kl(actual: Tensor, expected: Tensor) -> float:
-    p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def run(model: Any, ids: Tensor, cache: HqmqCache, pieces: list[int]) -> Tensor:
-    return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(pieces, 1)], 1)
 
 
 @EVERY_MODEL
@@ -332,80 +257,3 @@ def test_dropped_outliers_are_counted() -> None:
     k[:, :, :3] = 50.0  # 12 outliers a head, 4 slots
     layer.attend(torch.zeros(1, 4, 8, 16), k, k, None, hf_attention.AttentionParameters(1.0, 0, 0.0, None))
     assert cache.dropped_outliers() == 2 * 2 * 8
-
-
-def test_attention_hqmq_wants_an_hqmq_cache() -> None:
-    model = model_of("llama", "hqmq")
-    (ids,) = prompt(5)
-    for cache in (None, transformers.DynamicCache()):
-        with pytest.raises(HqmqError, match="HqmqCache"):
-            model(ids, past_key_values=cache, use_cache=cache is not None)
-    with pytest.raises(HqmqError, match=r"padding mask|sdpa"):
-        model(ids, attention_mask=torch.zeros(1, 1, 5, 5), past_key_values=HqmqCache.for_model(model, SCHEME))
-    gap = torch.tensor([[1, 1, 0, 1, 1]])
-    with pytest.raises(HqmqError, match="gaps"):
-        model(ids, attention_mask=gap, past_key_values=HqmqCache.for_model(model, SCHEME))
-    with pytest.raises(HqmqError, match="covers 3 tokens"):
-        model(ids, attention_mask=gap[:, :3], past_key_values=HqmqCache.for_model(model, SCHEME))
-
-
-def test_nan_in_a_model_is_reported_and_the_cache_says_it_is_stale() -> None:
-    model = model_of("llama")
-    (ids,) = prompt(5)
-    cache = HqmqCache.for_model(model, SCHEME)
-    embeds = model.get_input_embeddings()(ids)
-    embeds[0, 2, 3] = float("nan")
-    with pytest.raises(HqmqError, match=r"^k.*NaN"):
-        model(inputs_embeds=embeds, past_key_values=cache)
-    with pytest.raises(HqmqError, match="reset"):
-        model(ids, past_key_values=cache)
-    cache.reset()
-    assert model(ids, past_key_values=cache).logits.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("match", "scheme", "change"),
-    [
-        ("unknown scheme", "hq9", {}),
-        ("power of two", "hq4", {"head_dim": 24}),
-        ("not divisible by 4", "paper:s8_r3", {"head_dim": 6}),
-        ("linear_attention", "hq4", {"layer_types": ["linear_attention", "full_attention"]}),
-        ("encoder-decoder", "hq4", {"is_encoder_decoder": True}),
-    ],
-)
-def test_models_and_schemes_it_cannot_serve(match: str, scheme: str, change: dict[str, Any]) -> None:
-    config = transformers.LlamaConfig(**SIZES)
-    for name, value in change.items():
-        object.__setattr__(config, name, value)
-    with pytest.raises(HqmqError, match=match):
-        HqmqCache(config, scheme)
-
-
-def test_masks_are_recognised_by_what_they_hide() -> None:
-    def mask(function: Callable[..., Any], q: int, kv: int) -> Tensor:
-        return hf_attention.hqmq_mask(1, q, kv, q_offset=kv - q, mask_function=function)
-
-    assert mask(masking_utils.causal_mask_function, 50, 70).shape == (1, 70)
-    window = masking_utils.sliding_window_causal_mask_function(8)
-    assert getattr(mask(window, 50, 70), "_hqmq_window") == 8  # noqa: B009
-    assert getattr(mask(window, 5, 7), "_hqmq_window") == 0  # noqa: B009 (nothing is out of the window yet)
-    chunked = masking_utils.chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long))
-    for function in (chunked, masking_utils.bidirectional_mask_function):
-        with pytest.raises(HqmqError, match="neither causal nor a sliding window"):
-            mask(function, 50, 70)
-
-
-def test_a_window_the_layer_does_not_pass_is_noticed() -> None:
-    model = model_of("mistral")
-    (ids,) = prompt(40)
-    cache = HqmqCache.for_model(model, SCHEME)
-    mask = hf_attention.hqmq_mask(1, 40, 40, mask_function=masking_utils.causal_mask_function)
-    layer = cache.layers[0]
-    assert isinstance(layer, HqmqLayer)
-    k = torch.randn(1, 2, 40, 16)
-    keys, values = layer.update(k, k)
-    with pytest.raises(HqmqError, match="sliding_window=20"):
-        hf_attention.hqmq_attention(
-            torch.nn.Module(), torch.randn(1, 4, 40, 16), keys, values, mask, 0.25, sliding_window=20
-        )
-    assert ids.shape == (1, 40)
