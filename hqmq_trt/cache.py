@@ -77,6 +77,10 @@ class HqmqLayer(CacheLayerMixin):
     def _key_tensors(self) -> int:
         return len(torch_ops.tensor_names(self.scheme.key))
 
+    def role_tensors(self, role: str) -> list[Tensor]:
+        """The tensors of ``"key"`` or ``"value"``."""
+        return self.tensors[: self._key_tensors] if role == "key" else self.tensors[self._key_tensors :]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for K and V of shape [B, H, any, D]."""
         pages = -(-self.max_length // self.scheme.page_size) if self.max_length else 0

@@ -23,9 +23,7 @@ F64 = NDArray[np.float64]
 _DATA = "data/codebooks.npz"
 _SIGNS = list(itertools.product((1.0, -1.0), repeat=3))
 
-HALF_PRIMARIES: F64 = np.concatenate(
-    [np.eye(4), [(0.5, 0.5 * x, 0.5 * y, 0.5 * z) for z, y, x in _SIGNS]]
-)
+HALF_PRIMARIES: F64 = np.concatenate([np.eye(4), [(0.5, 0.5 * x, 0.5 * y, 0.5 * z) for z, y, x in _SIGNS]])
 """The 12 Hurwitz units up to sign. 0…3: axes 1, i, j, k. 4 + n1 + 2*n2 + 4*n3: ½(1 ± i ± j ± k), n = 1 for minus."""
 
 PRIMARIES: F64 = np.concatenate([HALF_PRIMARIES, -HALF_PRIMARIES])

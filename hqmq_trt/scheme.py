@@ -75,13 +75,9 @@ class RoleScheme:
 
     def __post_init__(self) -> None:
         if not 1 <= self.secondaries <= MAX_SECONDARIES:
-            raise HqmqError(
-                f"scheme '{self.name}': S={self.secondaries} secondaries is outside 1…{MAX_SECONDARIES}"
-            )
+            raise HqmqError(f"scheme '{self.name}': S={self.secondaries} secondaries is outside 1…{MAX_SECONDARIES}")
         if not 1 <= self.radius_bits <= MAX_RADIUS_BITS:
-            raise HqmqError(
-                f"scheme '{self.name}': r={self.radius_bits} radius bits is outside 1…{MAX_RADIUS_BITS}"
-            )
+            raise HqmqError(f"scheme '{self.name}': r={self.radius_bits} radius bits is outside 1…{MAX_RADIUS_BITS}")
         if not 0.0 <= self.outlier_fraction <= 1.0:
             raise HqmqError(f"scheme '{self.name}': outlier fraction {self.outlier_fraction} is outside 0…1")
 
@@ -170,9 +166,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if not 8 <= self.page_size <= 1024 or self.page_size & (self.page_size - 1):
-            raise HqmqError(
-                f"page size {self.page_size} is not a power of two in 8…1024; choose 32, 64, 128 or 256"
-            )
+            raise HqmqError(f"page size {self.page_size} is not a power of two in 8…1024; choose 32, 64, 128 or 256")
         if not 0 <= self.seed < 2**63:
             raise HqmqError(f"seed {self.seed} is outside 0…2^63-1")
 

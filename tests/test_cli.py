@@ -170,6 +170,9 @@ def test_diff(hqmq: Hqmq, tiny_export: Export, tiny_model: Callable[[str], Path]
     found = document(hqmq(*arguments, "--chunk", "40", "--report", report, "--json"))
     assert found["logits"]["same"]["mean_kl"] < 1e-5 < found["logits"]["unpacked"]["mean_kl"]
     assert found["logits"]["same"]["positions"] == 100
+    assert found["logits"]["pinned"]["mean_kl"] < 1e-6
+    assert found["logits"]["pinned"]["top1"] == 1.0
+    assert max(found["changed_chunks"].values()) < 0.05
     assert [(error["layer"], error["role"]) for error in found["layers"]] == [
         (layer, role) for layer in (0, 1) for role in ("key", "value")
     ]

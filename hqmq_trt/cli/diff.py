@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class Against(str, Enum):
     """References of the comparison."""
 
-    same = "same"
     unpacked = "unpacked"
-    both = "both"
+    same = "same"
+    pinned = "pinned"
+    all = "all"
 
 
 def diff(
@@ -32,8 +33,12 @@ def diff(
     model: Annotated[str, typer.Option("--model", "-m", help="The model it came from: name or folder.")],
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the model's folder.")] = None,
     against: Annotated[
-        Against, typer.Option(help="PyTorch with the same HqmqCache, with an unpacked cache, or both.")
-    ] = Against.both,
+        Against,
+        typer.Option(
+            help="PyTorch with an unpacked cache, with an HqmqCache it writes itself (same), or with the HqmqCache "
+            "whose bytes the folder takes over before each page (pinned)."
+        ),
+    ] = Against.all,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to read [default: a sample of ours].")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens read in chunks.")] = 512,
     decode_steps: Annotated[int, typer.Option(min=0, help="Tokens then read one by one.")] = 32,
@@ -65,12 +70,15 @@ def diff(
 
     if threads:
         torch.set_num_threads(threads)
-    references = REFERENCES if against is Against.both else (against.value,)
+    references = REFERENCES if against is Against.all else (against.value,)
     with output.progress() as progress:
         loading = progress.add_task(f"loading {model}", total=None)
         torch_model = load(model, manifest.dtype, gguf_file).model.eval()
         progress.remove_task(loading)
-        tasks = {name: progress.add_task(name, total=wanted) for name in (*references, "onnxruntime")}
+        free = [name for name in references if name != "pinned"]
+        tasks = {name: progress.add_task(name, total=wanted) for name in (*free, *["onnxruntime"] * bool(free))}
+        if "pinned" in references:
+            tasks["pinned"] = progress.add_task("pinned", total=2 * wanted)
         result = compare(
             folder,
             torch_model,
@@ -116,6 +124,10 @@ def _tables(result: DiffResult) -> list[Table]:
         logits.add_column(REFERENCE_NAMES[name], justify="right")
     for key, label in ROWS.items():
         logits.add_row(label, *(show(key, summary[key]) for summary in summaries))
+    if result.changed:
+        shares = ", ".join(f"{role} {share:.1e}" for role, share in result.changed.items())
+        logits.caption = f"chunks coded otherwise than by PyTorch, from inputs that differ by rounding: {shares}"
+        logits.caption_justify = "left"
     if not result.layers:
         return [logits]
     layers = Table(title="relative MSE by layer (codec alone / in the run)", title_justify="left")

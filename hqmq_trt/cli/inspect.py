@@ -43,7 +43,7 @@ def inspect(
 def _folder(path: Path, context: int, batch: int) -> tuple[Any, ...]:
     manifest = Manifest.load(path)
     scheme, pages = manifest.parsed_scheme, -(-context // manifest.page_size)
-    tensors = [
+    tensors: list[dict[str, Any]] = [
         {"name": name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
         for name, spec in manifest.cache(batch, pages)
     ]
@@ -201,7 +201,7 @@ def _layer_table(layers: list[Layer]) -> Table:
         table.add_column(name, justify="right")
     runs: list[tuple[int, int, tuple[str, ...]]] = []
     for index, layer in enumerate(layers):
-        cells = (
+        cells: tuple[str, ...] = (
             str(layer.num_heads),
             str(layer.num_kv_heads),
             str(layer.head_dim),

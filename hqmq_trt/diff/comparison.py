@@ -16,6 +16,7 @@ from polygraphy.logger import G_LOGGER
 
 import hqmq_trt.torch_ops  # noqa: F401  (registers torch.ops.hqmq)
 from hqmq_trt.diff.measures import LayerError, LogitComparison, relative_mse
+from hqmq_trt.diff.pinned import PinnedRunner, Recording, RecordingRunner
 from hqmq_trt.diff.runners import SessionRunner, TorchRunner, codebook_tensors
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors
@@ -23,8 +24,9 @@ from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime.ort_session import OrtSession
 from hqmq_trt.scheme import ROLES, Scheme
 
-REFERENCES = ("unpacked", "same")
-"""What a folder is compared with: PyTorch with a DynamicCache, PyTorch with the same HqmqCache."""
+REFERENCES = ("unpacked", "same", "pinned")
+"""What a folder is compared with: PyTorch with a DynamicCache; PyTorch with an HqmqCache of the same scheme, each
+writing its own; and the same, but each feed begins from the bytes of the HqmqCache (hqmq_trt.diff.pinned)."""
 
 _SESSION = "onnxruntime"
 Progress = Callable[[str, int], None]
@@ -37,9 +39,11 @@ class DiffResult:
     Attributes:
         manifest: of the folder.
         tokens, decode_steps: tokens read in chunks, and then one by one.
-        logits: comparison by reference (``unpacked``, ``same``).
+        logits: comparison by reference (of REFERENCES).
         layers: error of K and V by layer, against PyTorch with an unpacked cache; empty without that reference.
         cache_bytes: bytes of the session's cache by kind.
+        changed: by role, the share of chunks that got another code than in PyTorch, from K and V that differ by
+            rounding alone; empty without the reference ``pinned``.
     """
 
     manifest: Manifest
@@ -48,6 +52,7 @@ class DiffResult:
     logits: dict[str, LogitComparison]
     layers: list[LayerError] = field(default_factory=list)
     cache_bytes: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, float] = field(default_factory=dict)
 
     def within(self, max_kl: float | None, min_top1: float | None) -> bool:
         """Whether every comparison keeps to the limits."""
@@ -61,6 +66,7 @@ class DiffResult:
             "tokens": self.tokens,
             "decode_steps": self.decode_steps,
             "cache_bytes": self.cache_bytes,
+            "changed_chunks": self.changed,
             "logits": {name: found.summary() for name, found in self.logits.items()},
             "layers": [vars(error) for error in self.layers],
         }
@@ -95,27 +101,39 @@ def compare(
     unknown = set(against) - set(REFERENCES)
     if unknown or not against:
         raise HqmqError(f"unknown reference {sorted(unknown)}: use {' or '.join(REFERENCES)}")
-    feeds = list(_feeds(ids, decode_steps, chunk))
-    session: list[OrtSession] = []
+    manifest = Manifest.load(folder)
+    sessions: list[OrtSession] = []
 
     def new_session() -> OrtSession:
-        session.append(OrtSession(folder, 1, len(ids), chunk, threads))
-        return session[-1]
+        sessions.append(OrtSession(folder, 1, len(ids), max(chunk, manifest.page_size), threads))
+        return sessions[-1]
 
-    manifest = Manifest.load(folder)
-    runners = [_torch_runner(name, model, manifest, len(ids), _feed(on_feed, name)) for name in against]
-    runners.append(SessionRunner(_SESSION, new_session, _feed(on_feed, _SESSION)))
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        results = Comparator.run(runners, data_loader=feeds)
-    logits, layers = {}, []
-    for index, name in enumerate(against):
-        measure = _Measure(feeds, ids, manifest)
+    def run(runners: list[Any], feeds: list[Any]) -> list[_Measure]:
+        """Compare the last runner with each of the others."""
+        measures = [_Measure(feeds, ids, manifest) for _ in runners[1:]]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-            Comparator.compare_accuracy(results, comparisons=[(index, len(against))], compare_func=measure)
-        logits[name] = LogitComparison.join(measure.parts)
-        layers = layers or measure.layers
-    cache_bytes = session[0].cache_nbytes()
-    return DiffResult(manifest, len(ids) - decode_steps, decode_steps, logits, layers, cache_bytes)
+            results = Comparator.run(runners, data_loader=feeds)
+            for index, measure in enumerate(measures):
+                Comparator.compare_accuracy(results, comparisons=[(index, len(measures))], compare_func=measure)
+        return measures
+
+    result = DiffResult(manifest, len(ids) - decode_steps, decode_steps, {})
+    free = [name for name in against if name != "pinned"]
+    if free:
+        runners = [_torch_runner(name, model, manifest, len(ids), _feed(on_feed, name)) for name in free]
+        runners.append(SessionRunner(_SESSION, new_session, _feed(on_feed, _SESSION)))
+        for name, measure in zip(free, run(runners, list(_feeds(ids, decode_steps, chunk))), strict=True):
+            result.logits[name] = LogitComparison.join(measure.parts)
+            result.layers = result.layers or measure.layers
+    if "pinned" in against:
+        recording = Recording()
+        reference = _torch_runner("pinned", model, manifest, len(ids), _feed(on_feed, "pinned"), recording)
+        pinned = PinnedRunner(recording, f"{_SESSION}-pinned", new_session, _feed(on_feed, "pinned"))
+        (measure,) = run([reference, pinned], list(_feeds(ids, decode_steps, manifest.page_size)))
+        result.logits["pinned"] = LogitComparison.join(measure.parts)
+        result.changed = {role: pinned.changed[role] / max(pinned.chunks[role], 1) for role in ROLES}
+    result.cache_bytes = sessions[0].cache_nbytes()
+    return result
 
 
 def _feed(on_feed: Progress | None, name: str) -> Callable[[int], None] | None:
@@ -134,7 +152,12 @@ def _feeds(ids: NDArray[np.int64], decode_steps: int, chunk: int) -> Iterator[Or
 
 
 def _torch_runner(
-    name: str, model: Any, manifest: Manifest, tokens: int, on_feed: Callable[[int], None] | None
+    name: str,
+    model: Any,
+    manifest: Manifest,
+    tokens: int,
+    on_feed: Callable[[int], None] | None,
+    recording: Recording | None = None,
 ) -> TorchRunner:
     from transformers import DynamicCache
 
@@ -145,9 +168,13 @@ def _torch_runner(
 
     attention = IMPLEMENTATION if manifest.mode == "fused" else None
     scheme = manifest.parsed_scheme
-    return TorchRunner(
-        name, model, lambda: HqmqCache(model.config, scheme, max_length=tokens), attention, on_feed=on_feed
-    )
+
+    def new_cache() -> HqmqCache:
+        return HqmqCache(model.config, scheme, max_length=tokens)
+
+    if recording is not None:
+        return RecordingRunner(recording, name, model, new_cache, attention, on_feed)
+    return TorchRunner(name, model, new_cache, attention, on_feed)
 
 
 class _Measure:

@@ -15,7 +15,8 @@ from hqmq_trt.scheme import ROLES
 
 REFERENCE_NAMES = {
     "unpacked": "PyTorch, unpacked cache",
-    "same": "PyTorch, same HqmqCache",
+    "same": "PyTorch, HqmqCache of its own",
+    "pinned": "PyTorch, same HqmqCache bytes",
 }
 ROWS = {
     "mean_kl": "mean KL (nats)",
@@ -52,6 +53,7 @@ def write_report(result: DiffResult, path: Path, source: str, versions: dict[str
             ("tokens read one by one", result.decode_steps),
             ("scheme, seed", f"{result.manifest.scheme}, {result.manifest.seed}"),
             ("bytes of the cache", f"{sum(result.cache_bytes.values()):,}"),
+            *((f"chunks of {role} coded otherwise than by PyTorch", f"{x:.2e}") for role, x in result.changed.items()),
         ],
         logits=[REFERENCE_NAMES[name] for name in summaries],
         rows=[(label, [show(key, summary[key]) for summary in summaries.values()]) for key, label in ROWS.items()],

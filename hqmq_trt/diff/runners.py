@@ -26,7 +26,7 @@ from hqmq_trt.scheme import ROLES, RoleScheme
 Arrays = OrderedDict[str, NDArray[Any]]
 
 
-class CachedRunner(BaseRunner):  # type: ignore[misc]  # polygraphy has no types
+class CachedRunner(BaseRunner):
     """What the runners share: the feed's metadata, and resetting at position 0."""
 
     def __init__(self, name: str, on_feed: Callable[[int], None] | None = None) -> None:
@@ -84,6 +84,7 @@ class TorchRunner(CachedRunner):
         super().__init__(name, on_feed)
         self._model, self._new_cache, self._attention = model, new_cache, attention
         self._before = model.config._attn_implementation
+        self._cache: Any = None
 
     def activate_impl(self) -> None:
         """Switch the model's attention."""
@@ -107,7 +108,9 @@ class TorchRunner(CachedRunner):
 
     def cached(self) -> Mapping[str, NDArray[np.float32]]:
         """K and V of a DynamicCache."""
-        if not isinstance(self._cache, _dynamic_cache()):
+        from transformers import DynamicCache
+
+        if not isinstance(self._cache, DynamicCache):
             return {}
         return {
             f"{role}.{index}": getattr(layer, f"{role}s")[0].float().numpy()
@@ -178,10 +181,3 @@ def codebook_tensors(role: RoleScheme, seed: int, layer: int, num_kv_heads: int,
         return []
     secondaries = codebooks.secondaries(role, seed, layer, num_kv_heads, name)
     return [torch.from_numpy(secondaries), torch.from_numpy(codebooks.levels(role))]
-
-
-def _dynamic_cache() -> type:
-    from transformers import DynamicCache
-
-    kind: type = DynamicCache
-    return kind
