@@ -1,0 +1,12 @@
+#include "attention_kernel.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+template <>
+Status LaunchAttend<1, 2>(const AttentionJob& job, cudaStream_t stream) {
+  return LaunchAttendKernel<1, 2>(job, stream);
+}
+
+}  // namespace cuda
+}  // namespace hqmq

@@ -1,0 +1,310 @@
+// The C interface: checks arguments on the host, then enqueues.
+#include <cstring>
+
+#include "host/append.h"
+#include "kernels.h"
+
+namespace hqmq {
+namespace {
+
+std::string& LastError() {
+  thread_local std::string text;
+  return text;
+}
+
+}  // namespace
+
+int Report(const Status& status) {
+  LastError() = status.text;
+  return status.code;
+}
+
+namespace cuda {
+namespace {
+
+constexpr int64_t kMostBlocks = 0x7FFFFFFF;
+
+Status CheckCudaRole(const RoleParams& role) {
+  if (Status status = CheckRole(role); !status.ok()) return status;
+  if (role.head_dim > kMaxHeadDim || role.head_dim % 4) {
+    return Invalid("the GPU kernels take head_dim in multiples of 4 up to 256, not " +
+                   std::to_string(role.head_dim));
+  }
+  return {};
+}
+
+RoleParams FromC(const hqmq_role_params& role) {
+  RoleParams out;
+  memcpy(&out, &role, sizeof(out));
+  if (out.storage == Storage::kFp16) out.hadamard = out.page_mean = out.outlier_capacity = 0;
+  return out;
+}
+
+Rows FromC(const hqmq_rows& x) {
+  return {const_cast<void*>(x.data), x.dtype, x.batch_stride, x.head_stride, x.token_stride};
+}
+
+bool Misaligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes != 0;
+}
+
+Status CheckSizes(int batch, int heads, int tokens, int num_pages, int page_size) {
+  if (batch < 0 || heads < 0 || tokens < 0 || num_pages < 0) return Invalid("a size is negative");
+  const int64_t lanes = static_cast<int64_t>(batch) * heads;
+  if (lanes > kMostBlocks / 2048 || tokens > kMostBlocks / 2048 ||
+      lanes * (static_cast<int64_t>(tokens) + 1) > kMostBlocks || lanes * num_pages > kMostBlocks ||
+      static_cast<int64_t>(num_pages) * page_size + tokens > kMostBlocks) {
+    return Invalid("batch, heads, tokens or pages are beyond what one launch can count");
+  }
+  return {};
+}
+
+Status CheckRows(const Rows& x, const char* name, bool wanted) {
+  if (x.dtype < HQMQ_FLOAT32 || x.dtype > HQMQ_BFLOAT16)
+    return Invalid(std::string("unknown dtype of ") + name);
+  if (wanted && !x.data) return Invalid(std::string(name) + " is missing");
+  return {};
+}
+
+// `empty`: no sequence or head, so that no tensor is needed.
+Status MakeView(const hqmq_role_params& params, const hqmq_role_cache& cache,
+                const float* secondaries, const float* levels, const hqmq_rows& x, int num_pages,
+                bool empty, RoleView* view) {
+  *view = {};
+  view->role = FromC(params);
+  const RoleParams& role = view->role;
+  if (Status status = CheckCudaRole(role); !status.ok()) return status;
+  view->layout = MakeLayout(role);
+  view->mask_words = MaskWords(role);
+  view->hadamard_scale = HadamardScale(role.head_dim);
+  memcpy(&view->cache, &cache, sizeof(view->cache));
+  view->secondaries = secondaries;
+  view->levels = levels;
+  view->x = FromC(x);
+  if (empty) return {};
+  const bool packed = role.storage == Storage::kHqmq;
+  if (!cache.tail || (!cache.codes && num_pages > 0))
+    return Invalid("cache tensor codes or tail is missing");
+  if (packed && (!secondaries || !levels))
+    return Invalid("the codebook (secondaries, levels) is missing");
+  if (packed && num_pages > 0 &&
+      (!cache.scales || (role.page_mean && !cache.mean) ||
+       (role.outlier_capacity > 0 && (!cache.outlier_mask || !cache.outlier_value)))) {
+    return Invalid("cache tensor scales, mean, outlier_mask or outlier_value is missing");
+  }
+  if (Misaligned(secondaries, 16) || Misaligned(cache.outlier_value, 8) ||
+      Misaligned(cache.codes, 4)) {
+    return Invalid("secondaries, outlier_value or codes do not lie at multiples of 16, 8, 4 bytes");
+  }
+  return {};
+}
+
+size_t AlignedBytes(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+Status CheckWorkspace(const void* workspace, size_t bytes, size_t needed) {
+  if (bytes < needed || (needed && !workspace)) {
+    return Invalid("the workspace holds " + std::to_string(bytes) + " bytes and " +
+                   std::to_string(needed) + " are needed; ask the _workspace function");
+  }
+  if (needed && Misaligned(workspace, 16))
+    return Invalid("the workspace does not lie at a multiple of 16 bytes");
+  return {};
+}
+
+// Workspace of attention: scratch of K, of V, states.
+struct AttentionPlan {
+  AttentionJob job;
+  int block_rows;
+  size_t scratch[2], states;
+
+  size_t bytes() const { return scratch[0] + scratch[1] + states; }
+};
+
+Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key,
+                const hqmq_role_params& value, AttentionPlan* plan) {
+  *plan = {};
+  AttentionJob& job = plan->job;
+  job.key.role = FromC(key);
+  job.value.role = FromC(value);
+  for (const RoleParams* role : {&job.key.role, &job.value.role}) {
+    if (Status status = CheckCudaRole(*role); !status.ok()) return status;
+  }
+  if (key.head_dim != value.head_dim || key.page_size != value.page_size)
+    return Invalid("K and V differ in head_dim or page size");
+  if (params.group < 1)
+    return Invalid("the number of query heads is not a multiple of the KV heads");
+  if (params.window < 0) return Invalid("window is negative: use 0 for none");
+  if (!(params.softcap >= 0)) return Invalid("softcap is negative: use 0 for none");
+  if (Status status =
+          CheckSizes(params.batch, params.heads, params.tokens, params.num_pages, key.page_size);
+      !status.ok()) {
+    return status;
+  }
+  const int64_t lanes = static_cast<int64_t>(params.batch) * params.heads;
+  const int64_t rows = static_cast<int64_t>(params.group) * params.tokens;
+  if (params.group > 4096 || lanes * rows > kMostBlocks)
+    return Invalid("query rows are beyond what one launch can count");
+  job.call = {params.batch, params.heads, params.tokens, params.num_pages, nullptr, nullptr};
+  job.scale = params.scale;
+  job.softcap = params.softcap;
+  job.window = params.window;
+  job.group = params.group;
+  if (lanes == 0 || rows == 0) return {};
+  plan->block_rows = BlockRows(rows, key.head_dim);
+  CutRows(&job, plan->block_rows);
+  plan->states = AlignedBytes(AttentionStates(job));
+  plan->scratch[0] = AlignedBytes(AppendScratch(job.key.role, lanes, params.tokens));
+  plan->scratch[1] = AlignedBytes(AppendScratch(job.value.role, lanes, params.tokens));
+  return {};
+}
+
+Status RunAttention(AttentionPlan* plan, const hqmq_attention_role& key,
+                    const hqmq_attention_role& value, hqmq_cuda_status* counters, void* workspace,
+                    cudaStream_t stream) {
+  AttentionJob& job = plan->job;
+  char* at = static_cast<char*>(workspace);
+  AppendJob append = {};
+  append.roles = 2;
+  append.call = job.call;
+  append.status = counters;
+  const hqmq_attention_role* roles[2] = {&key, &value};
+  for (int i = 0; i < 2; ++i) {
+    const hqmq_attention_role& role = *roles[i];
+    if (Status status = MakeView(role.role, role.cache, role.secondaries, role.levels, role.x,
+                                 job.call.num_pages, false, &append.view[i]);
+        !status.ok()) {
+      return status;
+    }
+    if (Status status = CheckRows(append.view[i].x, i ? "v" : "k", true); !status.ok())
+      return status;
+    append.scratch[i] = reinterpret_cast<float*>(at);
+    at += plan->scratch[i];
+  }
+  job.key = append.view[0];
+  job.value = append.view[1];
+  job.states = plan->states ? reinterpret_cast<float*>(at) : nullptr;
+  // Attention reads the codes of pages that fill now, and the tail as it was before.
+  Status status = EncodePages(append, stream);
+  if (status.ok()) status = Attend(job, plan->block_rows, stream);
+  return status.ok() ? WriteTails(append, stream) : status;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace hqmq
+
+using namespace hqmq;
+using namespace hqmq::cuda;
+
+int32_t hqmq_cuda_format_version(void) { return HQMQ_FORMAT_VERSION; }
+const char* hqmq_cuda_version(void) { return HQMQ_VERSION; }
+size_t hqmq_cuda_role_params_size(void) { return sizeof(RoleParams); }
+size_t hqmq_cuda_role_cache_size(void) { return sizeof(RoleCache); }
+const char* hqmq_cuda_last_error(void) { return LastError().c_str(); }
+
+int hqmq_cuda_append_workspace(const hqmq_role_params* role, int32_t batch, int32_t heads,
+                               int32_t tokens, size_t* bytes) {
+  return Guard([&]() -> Status {
+    if (!role || !bytes) return Invalid("role or bytes is missing");
+    const RoleParams params = cuda::FromC(*role);
+    if (Status status = CheckCudaRole(params); !status.ok()) return status;
+    if (Status status = CheckSizes(batch, heads, tokens, 0, params.page_size); !status.ok())
+      return status;
+    *bytes = AppendScratch(params, static_cast<int64_t>(batch) * heads, tokens);
+    return {};
+  });
+}
+
+int hqmq_cuda_append(const hqmq_role_params* role, int32_t batch, int32_t heads, int32_t tokens,
+                     int32_t num_pages, const hqmq_rows* x, const int32_t* past_length,
+                     const int32_t* new_length, const float* secondaries, const float* levels,
+                     const hqmq_role_cache* cache, hqmq_cuda_status* status, void* workspace,
+                     size_t workspace_bytes, void* stream) {
+  return Guard([&]() -> Status {
+    if (!role || !x || !cache) return Invalid("role, x or cache is missing");
+    if (Status bad = CheckSizes(batch, heads, tokens, num_pages, role->page_size); !bad.ok())
+      return bad;
+    const int64_t lanes = static_cast<int64_t>(batch) * heads;
+    cuda::AppendJob job = {};
+    if (Status bad =
+            MakeView(*role, *cache, secondaries, levels, *x, num_pages, lanes == 0, &job.view[0]);
+        !bad.ok()) {
+      return bad;
+    }
+    if (Status bad = CheckRows(job.view[0].x, "x", lanes * tokens > 0); !bad.ok()) return bad;
+    if (lanes == 0 || tokens == 0) return {};
+    if (!past_length || !new_length) return Invalid("past_length or new_length is missing");
+    const size_t needed = AppendScratch(job.view[0].role, lanes, tokens);
+    if (Status bad = CheckWorkspace(workspace, workspace_bytes, needed); !bad.ok()) return bad;
+    job.roles = 1;
+    job.scratch[0] = static_cast<float*>(workspace);
+    job.call = {batch, heads, tokens, num_pages, past_length, new_length};
+    job.status = status;
+    const auto on = static_cast<cudaStream_t>(stream);
+    const Status encoded = EncodePages(job, on);
+    return encoded.ok() ? WriteTails(job, on) : encoded;
+  });
+}
+
+int hqmq_cuda_load(const hqmq_role_params* role, int32_t batch, int32_t heads, int32_t num_pages,
+                   const int32_t* length, const float* secondaries, const float* levels,
+                   const hqmq_role_cache* cache, const hqmq_rows* x, void* stream) {
+  return Guard([&]() -> Status {
+    if (!role || !x || !cache) return Invalid("role, x or cache is missing");
+    if (Status bad = CheckSizes(batch, heads, 0, num_pages, role->page_size); !bad.ok()) return bad;
+    const bool empty = !batch || !heads || !num_pages;
+    LoadJob job = {};
+    if (Status bad = MakeView(*role, *cache, secondaries, levels, *x, num_pages, empty, &job.view);
+        !bad.ok()) {
+      return bad;
+    }
+    if (Status bad = CheckRows(job.view.x, "x", !empty); !bad.ok()) return bad;
+    if (empty) return {};
+    if (!length) return Invalid("length is missing");
+    job.heads = heads;
+    job.num_pages = num_pages;
+    job.length = length;
+    return Load(job, batch, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int hqmq_cuda_attention_workspace(const hqmq_attention_params* params, const hqmq_role_params* key,
+                                  const hqmq_role_params* value, size_t* bytes) {
+  return Guard([&]() -> Status {
+    if (!params || !key || !value || !bytes)
+      return Invalid("params, key, value or bytes is missing");
+    AttentionPlan plan;
+    if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
+    *bytes = plan.bytes();
+    return {};
+  });
+}
+
+int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
+                        const hqmq_attention_role* key, const hqmq_attention_role* value,
+                        const int32_t* past_length, const int32_t* new_length, const float* sinks,
+                        const hqmq_rows* y, hqmq_cuda_status* status, void* workspace,
+                        size_t workspace_bytes, void* stream) {
+  return Guard([&]() -> Status {
+    if (!params || !q || !key || !value || !y)
+      return Invalid("params, q, key, value or y is missing");
+    AttentionPlan plan;
+    if (Status bad = MakePlan(*params, key->role, value->role, &plan); !bad.ok()) return bad;
+    plan.job.q = cuda::FromC(*q);
+    plan.job.y = cuda::FromC(*y);
+    const bool empty = plan.block_rows == 0;
+    for (const Rows* rows : {&plan.job.q, &plan.job.y}) {
+      if (Status bad = CheckRows(*rows, rows == &plan.job.q ? "q" : "y", !empty); !bad.ok())
+        return bad;
+    }
+    if (empty) return {};
+    if (!past_length || !new_length) return Invalid("past_length or new_length is missing");
+    if (Status bad = CheckWorkspace(workspace, workspace_bytes, plan.bytes()); !bad.ok())
+      return bad;
+    plan.job.call.past_length = past_length;
+    plan.job.call.new_length = new_length;
+    plan.job.sinks = sinks;
+    return cuda::RunAttention(&plan, *key, *value, status, workspace,
+                              static_cast<cudaStream_t>(stream));
+  });
+}

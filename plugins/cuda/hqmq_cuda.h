@@ -1,0 +1,70 @@
+/* C interface of libhqmq_cuda: the three operators on a GPU, on raw device pointers.
+ *
+ * Parallel to hqmq_host.h and hqmq_host_attention.h and with their structs; `table` of
+ * hqmq_attention_role is not used. Pointers to data (x, lengths, codebooks, cache tensors, sinks,
+ * status, workspace) are device memory; structs are host memory and are read before the call
+ * returns. Calls enqueue kernels on `stream` (a cudaStream_t) and never wait: lengths are read by
+ * the kernels, so that a captured CUDA graph serves changing lengths. Results are the same bytes on
+ * every run and do not depend on what shares a batch. head_dim: a multiple of 4 up to 256.
+ *
+ * A GPU cannot raise. A page that holds NaN or infinity gets scales NaN and decodes to NaN; tokens
+ * that find no page are not cached and their rows of y are NaN. `status` counts both.
+ */
+#ifndef HQMQ_CUDA_H_
+#define HQMQ_CUDA_H_
+
+#include "host/hqmq_host_attention.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum hqmq_cuda_error { HQMQ_CUDA_FAILED = 5 /* a CUDA call failed; beside enum hqmq_status */ };
+
+/* Device memory; the kernels add to it, the caller clears it. */
+typedef struct hqmq_cuda_status {
+  int32_t not_finite; /* new tokens (of a sequence, head and role) with NaN or infinity as fp16 */
+  int32_t no_page;    /* tokens of a sequence that found no page */
+  int32_t dropped;    /* Med3x outliers that found no slot */
+} hqmq_cuda_status;
+
+HQMQ_API int32_t hqmq_cuda_format_version(void);
+HQMQ_API const char* hqmq_cuda_version(void);
+HQMQ_API size_t hqmq_cuda_role_params_size(void);
+HQMQ_API size_t hqmq_cuda_role_cache_size(void);
+HQMQ_API const char* hqmq_cuda_last_error(void); /* of this thread; never null */
+
+/* Bytes of device memory hqmq_cuda_append needs beside its arguments; often 0. */
+HQMQ_API int hqmq_cuda_append_workspace(const hqmq_role_params* role, int32_t batch, int32_t heads,
+                                        int32_t tokens, size_t* bytes);
+
+/* HqmqQuantize in place (hqmq_append). status may be null. */
+HQMQ_API int hqmq_cuda_append(const hqmq_role_params* role, int32_t batch, int32_t heads,
+                              int32_t tokens, int32_t num_pages, const hqmq_rows* x,
+                              const int32_t* past_length, const int32_t* new_length,
+                              const float* secondaries, const float* levels,
+                              const hqmq_role_cache* cache, hqmq_cuda_status* status,
+                              void* workspace, size_t workspace_bytes, void* stream);
+
+/* HqmqDequantize (hqmq_load). Lengths beyond the cache count as its capacity. */
+HQMQ_API int hqmq_cuda_load(const hqmq_role_params* role, int32_t batch, int32_t heads,
+                            int32_t num_pages, const int32_t* length, const float* secondaries,
+                            const float* levels, const hqmq_role_cache* cache, const hqmq_rows* x,
+                            void* stream);
+
+HQMQ_API int hqmq_cuda_attention_workspace(const hqmq_attention_params* params,
+                                           const hqmq_role_params* key,
+                                           const hqmq_role_params* value, size_t* bytes);
+
+/* HqmqAttention in place (hqmq_attention). sinks: float [H*group] or null; status may be null. */
+HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
+                                 const hqmq_attention_role* key, const hqmq_attention_role* value,
+                                 const int32_t* past_length, const int32_t* new_length,
+                                 const float* sinks, const hqmq_rows* y, hqmq_cuda_status* status,
+                                 void* workspace, size_t workspace_bytes, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // HQMQ_CUDA_H_

@@ -1,0 +1,55 @@
+// The kernels' launchers, called by cuda_api.cpp and the TensorRT plugins. Arguments were checked.
+#pragma once
+
+#include "launch.h"
+#include "views.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+// Codes the pages that fill and then writes tails, for one role or two of one call. Between the two
+// halves the caches hold the new codes and the old tails, which is what attention reads.
+struct AppendJob {
+  RoleView view[2];
+  float* scratch[2];  // AppendScratch() bytes each
+  int32_t roles;
+  Call call;
+  hqmq_cuda_status* status;  // or null
+};
+
+size_t AppendScratch(const RoleParams& role, int64_t lanes, int tokens);
+Status EncodePages(const AppendJob& job, cudaStream_t stream);
+Status WriteTails(const AppendJob& job, cudaStream_t stream);
+
+struct LoadJob {
+  RoleView view;  // x is written
+  int32_t heads, num_pages;
+  const int32_t* length;  // [B]
+};
+
+Status Load(const LoadJob& job, int batch, cudaStream_t stream);
+
+// Keys one split of the coded cache takes. A constant: bytes of y must not depend on the machine.
+constexpr int kSplitTokens = 512;
+
+struct AttentionJob {
+  RoleView key, value;
+  Call call;
+  Rows q, y;
+  const float* sinks;  // [H*group] or null
+  float scale, softcap;
+  int32_t window, group;
+  // How rows are cut (CutRows): a block takes `positions` x `heads` of a group's query heads.
+  int32_t positions, heads, row_blocks, head_blocks;
+  int32_t parts;  // splits of the coded cache, and the own page
+  float* states;  // [B*H*group*T, parts, D+2], or null: blocks walk through the parts themselves
+};
+
+// Query rows a block takes for a call with `rows` of them for each KV head.
+int BlockRows(int64_t rows, int head_dim);
+void CutRows(AttentionJob* job, int block_rows);
+size_t AttentionStates(const AttentionJob& job);  // bytes, 0: none wanted
+Status Attend(const AttentionJob& job, int block_rows, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace hqmq

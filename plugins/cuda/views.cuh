@@ -1,0 +1,126 @@
+// What kernels know of a role, a call and a sequence, and the row helpers they share.
+#pragma once
+
+#include <cstdint>
+
+#include "codec/encode.h"
+#include "codec/layout.h"
+#include "hqmq_cuda.h"
+
+namespace hqmq {
+namespace cuda {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+// Activations [B, H, T, D] with D contiguous; strides in elements.
+struct Rows {
+  void* data;
+  int32_t dtype;
+  int64_t batch, head, token;
+};
+
+// One role of one call, as kernels get it.
+struct RoleView {
+  RoleParams role;
+  Layout layout;
+  int32_t mask_words;
+  float hadamard_scale;
+  RoleCache cache;
+  const float* secondaries;  // [H, S, 4]
+  const float* levels;       // [2^r]
+  Rows x;                    // new tokens
+};
+
+struct Call {
+  int32_t batch, heads, tokens, num_pages;
+  const int32_t *past_length, *new_length;  // [B]
+};
+
+// Tokens of one sequence: held before the call, held after it, and those that found no page.
+struct Span {
+  int past, end, lost;
+};
+
+__device__ __forceinline__ int Clamp(int64_t x, int64_t low, int64_t high) {
+  return static_cast<int>(x < low ? low : x > high ? high : x);
+}
+
+__device__ __forceinline__ Span SpanOf(const Call& call, int page_size, int b) {
+  const int64_t capacity = static_cast<int64_t>(call.num_pages) * page_size;
+  const int past = Clamp(call.past_length[b], 0, capacity);
+  const int added = Clamp(call.new_length[b], 0, call.tokens);
+  const int end = Clamp(static_cast<int64_t>(past) + added, 0, capacity);
+  return {past, end, past + added - end};
+}
+
+__device__ __forceinline__ float LoadFloat(const Rows& x, int64_t element) {
+  if (x.dtype == HQMQ_FLOAT32) return static_cast<const float*>(x.data)[element];
+  const uint16_t bits = static_cast<const uint16_t*>(x.data)[element];
+  return x.dtype == HQMQ_FLOAT16 ? FloatFromHalf(bits) : FloatFromBf16(bits);
+}
+
+__device__ __forceinline__ uint16_t LoadHalf(const Rows& x, int64_t element) {
+  if (x.dtype == HQMQ_FLOAT16) return static_cast<const uint16_t*>(x.data)[element];
+  return HalfFromFloat(LoadFloat(x, element));
+}
+
+__device__ __forceinline__ void StoreFloat(const Rows& x, int64_t element, float value) {
+  if (x.dtype == HQMQ_FLOAT32) {
+    static_cast<float*>(x.data)[element] = value;
+  } else {
+    static_cast<uint16_t*>(x.data)[element] =
+        x.dtype == HQMQ_FLOAT16 ? HalfFromFloat(value) : Bf16FromFloat(value);
+  }
+}
+
+__device__ __forceinline__ int64_t RowStart(const Rows& x, int64_t b, int64_t h, int64_t t) {
+  return b * x.batch + h * x.head + t * x.token;
+}
+
+// Element of token t as fp16: from the tail as it was before the call, or from the new tokens.
+__device__ __forceinline__ uint16_t TokenHalf(const RoleView& view, const Span& span, int64_t b,
+                                              int64_t h, int64_t lane, int t, int element) {
+  if (t < span.past) {
+    const int p = view.role.page_size;
+    return view.cache.tail[(lane * p + t % p) * view.role.head_dim + element];
+  }
+  return LoadHalf(view.x, RowStart(view.x, b, h, t - span.past) + element);
+}
+
+// Hadamard (codec/hadamard.h) of one row by one warp, in place. The row must be visible to the warp
+// before; it is after.
+__device__ __forceinline__ void WarpHadamard(float* row, int size, float scale, int lane) {
+  for (int stride = 1; stride < size; stride *= 2) {
+    for (int i = lane; i < size / 2; i += kWarp) {
+      const int offset = i & (stride - 1), at = 2 * (i - offset) + offset;
+      const float low = row[at], high = row[at + stride];
+      row[at] = Add(low, high);
+      row[at + stride] = Sub(low, high);
+    }
+    __syncwarp();
+  }
+  for (int i = lane; i < size; i += kWarp) row[i] = Mul(row[i], scale);
+  __syncwarp();
+}
+
+__device__ __forceinline__ float WarpSum(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x = Add(x, __shfl_xor_sync(kAllLanes, x, offset));
+  return x;
+}
+
+__device__ __forceinline__ float WarpMax(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
+  return x;
+}
+
+__device__ __forceinline__ int WarpSum(int x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+
+}  // namespace cuda
+}  // namespace hqmq
