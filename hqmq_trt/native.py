@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,16 +110,24 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
 }
 
 
-def load_library(path: Path, expected_format: int = FORMAT_VERSION) -> ctypes.CDLL:
+def load_library(
+    path: Path,
+    expected_format: int = FORMAT_VERSION,
+    prefix: str = "hqmq",
+    signatures: dict[str, tuple[object, list[object]]] | None = None,
+) -> ctypes.CDLL:
     """Load a library with the C interface of hqmq_host.h and check that it fits this package.
+
+    `prefix`: of the functions that tell its format version and struct sizes; `signatures`: of its other functions.
 
     Raises:
         HqmqError: not a library of ours, or one built for another format version.
     """
     try:
         lib = ctypes.CDLL(str(path))
-        lib.hqmq_format_version.restype, lib.hqmq_format_version.argtypes = c_int32, []
-        found = lib.hqmq_format_version()
+        format_version = getattr(lib, f"{prefix}_format_version")
+        format_version.restype, format_version.argtypes = c_int32, []
+        found = format_version()
     except (OSError, AttributeError) as error:
         raise HqmqError(f"cannot load native library {path} ({error}); {REBUILD}") from None
     if found != expected_format:
@@ -127,11 +136,11 @@ def load_library(path: Path, expected_format: int = FORMAT_VERSION) -> ctypes.CD
             f"{REBUILD}"
         )
     for name, structure in (("role_params", RoleParams), ("role_cache", RoleCache)):
-        size = getattr(lib, f"hqmq_{name}_size")
+        size = getattr(lib, f"{prefix}_{name}_size")
         size.restype, size.argtypes = c_size_t, []
         if size() != ctypes.sizeof(structure):
             raise HqmqError(f"native library {path} has another hqmq_{name} than this package; {REBUILD}")
-    declare(lib, _SIGNATURES)
+    declare(lib, _SIGNATURES if signatures is None else signatures)
     return lib
 
 
@@ -191,8 +200,11 @@ def role_params(role: RoleScheme, head_dim: int, page_size: int) -> RoleParams:
     )
 
 
-def tensor(array: Array, dtype: torch.dtype, shape: Sequence[int], name: str) -> Tensor:
-    """`array` as a contiguous CPU tensor, without a copy.
+CPU = torch.device("cpu")
+
+
+def tensor(array: Array, dtype: torch.dtype, shape: Sequence[int], name: str, device: torch.device = CPU) -> Tensor:
+    """`array` as a contiguous tensor on `device`, without a copy.
 
     Raises:
         HqmqError: another dtype, shape, device, or not contiguous.
@@ -200,23 +212,26 @@ def tensor(array: Array, dtype: torch.dtype, shape: Sequence[int], name: str) ->
     t = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
     if t.dtype != dtype or tuple(t.shape) != tuple(shape):
         raise HqmqError(f"{name} is {t.dtype} {list(t.shape)}, expected {dtype} {list(shape)}")
-    if t.device.type != "cpu" or not t.is_contiguous():
-        raise HqmqError(f"{name} is not a contiguous CPU tensor; call .contiguous().cpu() first")
+    if t.device != device or not t.is_contiguous():
+        raise HqmqError(f"{name} is not a contiguous tensor on {device}; call .contiguous().to('{device}') first")
     return t
 
 
-def rows(x: Tensor, name: str) -> tuple[Rows, Tensor]:
+def rows(x: Tensor, name: str, device: torch.device = CPU) -> tuple[Rows, Tensor]:
     """Describe activations [B, H, T, D]; also returns the tensor to keep alive (a copy if D is strided)."""
-    if x.dtype not in DTYPES or x.dim() != 4 or x.device.type != "cpu":
+    if x.dtype not in DTYPES or x.dim() != 4 or x.device != device:
         raise HqmqError(
-            f"{name} is {x.dtype} {list(x.shape)}, expected float32, float16 or bfloat16 [B, H, T, D] on CPU"
+            f"{name} is {x.dtype} {list(x.shape)} on {x.device}, expected float32, float16 or bfloat16 [B, H, T, D] "
+            f"on {device}"
         )
     if x.stride(3) != 1 and x.shape[3] > 1:
         x = x.contiguous()
     return Rows(x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.stride(1), x.stride(2), name.encode()), x
 
 
-def role_cache(role: RoleScheme, cache: Sequence[Tensor]) -> tuple[RoleCache, RoleParams, int]:
+def role_cache(
+    role: RoleScheme, cache: Sequence[Tensor], device: torch.device = CPU
+) -> tuple[RoleCache, RoleParams, int]:
     """Pointers, parameters and number of pages of a cache in the order of hqmq_trt.format.cache_tensors.
 
     Raises:
@@ -235,19 +250,21 @@ def role_cache(role: RoleScheme, cache: Sequence[Tensor]) -> tuple[RoleCache, Ro
         raise HqmqError(f"a cache of scheme '{role.name}' takes {names}, not {len(cache)} tensors")
     pointers = RoleCache()
     for spec, array in zip(specs, cache, strict=True):
-        checked = tensor(array, getattr(torch, spec.dtype), spec.shape, f"cache tensor {spec.name}")
+        checked = tensor(array, getattr(torch, spec.dtype), spec.shape, f"cache tensor {spec.name}", device)
         setattr(pointers, spec.name, checked.data_ptr())
     return pointers, role_params(role, head_dim, page_size), num_pages
 
 
-def codebook_pointers(role: RoleScheme, codebook: Sequence[Array], heads: int) -> tuple[list[int | None], list[Tensor]]:
+def codebook_pointers(
+    role: RoleScheme, codebook: Sequence[Array], heads: int, device: torch.device = CPU
+) -> tuple[list[int | None], list[Tensor]]:
     """Pointers to [secondaries, levels] (None, None for fp16) and the tensors to keep alive."""
     if not role.packed:
         return [None, None], []
     if len(codebook) != 2:
         raise HqmqError(f"scheme '{role.name}' needs a codebook of secondaries and levels, got {len(codebook)} arrays")
-    secondaries = tensor(codebook[0], torch.float32, (heads, role.secondaries, 4), "codebook secondaries")
-    levels = tensor(codebook[1], torch.float32, (2**role.radius_bits,), "codebook levels")
+    secondaries = tensor(codebook[0], torch.float32, (heads, role.secondaries, 4), "codebook secondaries", device)
+    levels = tensor(codebook[1], torch.float32, (2**role.radius_bits,), "codebook levels", device)
     return [secondaries.data_ptr(), levels.data_ptr()], [secondaries, levels]
 
 
@@ -273,36 +290,37 @@ def append(
         HqmqError: NaN or infinity in x (also once rounded to fp16), a cache with too few pages, or tensors that do
             not fit. The cache is then as it was.
     """
+    arguments, keep = append_arguments(x, past_length, new_length, role, codebook, cache, name, CPU)
+    dropped = c_int64(0)
+    check(library().hqmq_append(*arguments, byref(dropped), None, None))
+    del keep
+    return dropped.value
+
+
+def append_arguments(
+    x: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    role: RoleScheme,
+    codebook: Sequence[Array],
+    cache: Sequence[Tensor],
+    name: str,
+    device: torch.device,
+) -> tuple[list[Any], list[object]]:
+    """Checked arguments of hqmq_append, from role to cache, and what to keep alive during the call."""
     batch, heads, page_size, head_dim = cache[-1].shape
-    pointers, params, num_pages = role_cache(role, cache)
-    source, x = rows(x, name)
+    pointers, params, num_pages = role_cache(role, cache, device)
+    source, x = rows(x, name, device)
     if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
         raise HqmqError(
             f"{name} {list(x.shape)} does not fit a cache of [{batch}, {heads}, {page_size}, {head_dim}] tails"
         )
-    past = tensor(past_length, torch.int32, (batch,), "past_length")
-    new = tensor(new_length, torch.int32, (batch,), "new_length")
-    books, keep = codebook_pointers(role, codebook, heads)
-    dropped = c_int64(0)
-    check(
-        library().hqmq_append(
-            byref(params),
-            batch,
-            heads,
-            x.shape[2],
-            num_pages,
-            byref(source),
-            past.data_ptr(),
-            new.data_ptr(),
-            *books,
-            byref(pointers),
-            byref(dropped),
-            None,
-            None,
-        )
-    )
-    del keep
-    return dropped.value
+    past = tensor(past_length, torch.int32, (batch,), "past_length", device)
+    new = tensor(new_length, torch.int32, (batch,), "new_length", device)
+    books, keep = codebook_pointers(role, codebook, heads, device)
+    sizes = [batch, heads, x.shape[2], num_pages]
+    lengths = [past.data_ptr(), new.data_ptr()]
+    return [byref(params), *sizes, byref(source), *lengths, *books, byref(pointers)], [x, *keep]
 
 
 def search(chunks: Array, secondaries: Array) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,14 @@ from torch import Tensor
 from hqmq_trt import native
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.native import RoleCache, RoleParams, Rows, append
-from hqmq_trt.scheme import RoleScheme, Scheme
+from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
 
 __all__ = ["WordTable", "append", "attend", "load"]
 
 _MAX_TABLES = 1024
 
 
-class _AttentionRole(Structure):
+class AttentionRole(Structure):
     """hqmq_attention_role of plugins/host/hqmq_host_attention.h."""
 
     _fields_ = [
@@ -38,7 +39,7 @@ class _AttentionRole(Structure):
     ]
 
 
-class _AttentionParams(Structure):
+class AttentionParams(Structure):
     """hqmq_attention_params."""
 
     _fields_ = [
@@ -53,7 +54,7 @@ def _library() -> ctypes.CDLL:
     lib = native.library()
     tables: list[object] = [POINTER(RoleParams), c_int32, c_void_p, c_void_p, POINTER(c_void_p)]
     load_arguments: list[object] = [POINTER(RoleParams), *[c_int32] * 3, c_void_p, c_void_p, POINTER(RoleCache)]
-    attention: list[object] = [POINTER(_AttentionParams), POINTER(Rows), *[POINTER(_AttentionRole)] * 2]
+    attention: list[object] = [POINTER(AttentionParams), POINTER(Rows), *[POINTER(AttentionRole)] * 2]
     native.declare(
         lib,
         {
@@ -151,16 +152,62 @@ def load(
 
 
 def _role(
-    role: RoleScheme, x: Tensor, name: str, codebook: Sequence[Tensor], cache: Sequence[Tensor]
-) -> tuple[_AttentionRole, int, list[object]]:
-    pointers, params, num_pages = native.role_cache(role, cache)
+    role: RoleScheme, x: Tensor, name: str, codebook: Sequence[Tensor], cache: Sequence[Tensor], device: torch.device
+) -> tuple[AttentionRole, int, list[object]]:
+    pointers, params, num_pages = native.role_cache(role, cache, device)
     batch, heads, _, head_dim = cache[-1].shape
-    source, x = native.rows(x, name)
+    source, x = native.rows(x, name, device)
     if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
         raise HqmqError(f"{name} {list(x.shape)} does not fit its cache: expected [{batch}, {heads}, T, {head_dim}]")
-    books, keep = native.codebook_pointers(role, codebook, heads)
-    words = table(role, codebook, heads)
-    return _AttentionRole(params, source, *books, words.handle, pointers), num_pages, [x, keep, words]
+    books, keep = native.codebook_pointers(role, codebook, heads, device)
+    return AttentionRole(params, source, *books, None, pointers), num_pages, [x, *keep]
+
+
+class AttentionCall:
+    """Checked arguments of hqmq_attention; keeps what they point to alive. `y` is the output, not yet written."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_length: Tensor,
+        new_length: Tensor,
+        sinks: Tensor | None,
+        scheme: Scheme,
+        codebooks: Sequence[Sequence[Tensor]],
+        caches: Sequence[Sequence[Tensor]],
+        scale: float,
+        window: int,
+        softcap: float,
+        device: torch.device,
+    ) -> None:
+        self.key, key_pages, keep_key = _role(scheme.key, k, "k", codebooks[0], caches[0], device)
+        self.value, value_pages, keep_value = _role(scheme.value, v, "v", codebooks[1], caches[1], device)
+        batch, heads, tokens, head_dim = k.shape
+        if key_pages != value_pages or v.shape != k.shape:
+            raise HqmqError(f"k {list(k.shape)} and v {list(v.shape)}, or the sizes of their caches, differ")
+        if (q.shape[0], *q.shape[2:]) != (batch, tokens, head_dim) or q.shape[1] % heads or not q.shape[1]:
+            raise HqmqError(f"q {list(q.shape)} does not fit k {list(k.shape)}: expected [{batch}, n*{heads}, T, D]")
+        past = native.tensor(past_length, torch.int32, (batch,), "past_length", device)
+        new = native.tensor(new_length, torch.int32, (batch,), "new_length", device)
+        sink = None
+        if sinks is not None:
+            sink = sinks.detach().to(device, torch.float32).contiguous()
+            if sink.numel() != q.shape[1]:
+                raise HqmqError(f"sinks {list(sinks.shape)} do not hold one value for each of {q.shape[1]} query heads")
+        source, q = native.rows(q, "q", device)
+        self.y = torch.empty(q.shape, dtype=q.dtype, device=device)
+        target, _ = native.rows(self.y, "y", device)
+        self.params = AttentionParams(batch, heads, q.shape[1] // heads, tokens, key_pages, window, scale, softcap)
+        self._keep = (keep_key, keep_value, q, past, new, sink)
+        self._inputs = (source, past.data_ptr(), new.data_ptr(), None if sink is None else sink.data_ptr(), target)
+
+    def arguments(self) -> list[Any]:
+        """From params to y."""
+        source, past, new, sink, target = self._inputs
+        roles = (byref(self.key), byref(self.value))
+        return [byref(self.params), byref(source), *roles, past, new, sink, byref(target)]
 
 
 def attend(
@@ -191,38 +238,10 @@ def attend(
         HqmqError: NaN or infinity in k or v, a cache with too few pages, tensors that do not fit. The caches are then
             as they were.
     """
-    key, key_pages, keep_key = _role(scheme.key, k, "k", codebooks[0], caches[0])
-    value, value_pages, keep_value = _role(scheme.value, v, "v", codebooks[1], caches[1])
-    batch, heads, tokens, head_dim = k.shape
-    if key_pages != value_pages or v.shape != k.shape:
-        raise HqmqError(f"k {list(k.shape)} and v {list(v.shape)}, or the sizes of their caches, differ")
-    if (q.shape[0], *q.shape[2:]) != (batch, tokens, head_dim) or q.shape[1] % heads or not q.shape[1]:
-        raise HqmqError(f"q {list(q.shape)} does not fit k {list(k.shape)}: expected [{batch}, n*{heads}, T, D]")
-    past = native.tensor(past_length, torch.int32, (batch,), "past_length")
-    new = native.tensor(new_length, torch.int32, (batch,), "new_length")
-    sink = None
-    if sinks is not None:
-        sink = sinks.detach().float().contiguous()
-        if sink.numel() != q.shape[1]:
-            raise HqmqError(f"sinks {list(sinks.shape)} do not hold one value for each of {q.shape[1]} query heads")
-    source, q = native.rows(q, "q")
-    y = torch.empty(q.shape, dtype=q.dtype)
-    target, y = native.rows(y, "y")
-    params = _AttentionParams(batch, heads, q.shape[1] // heads, tokens, key_pages, window, scale, softcap)
-    native.check(
-        _library().hqmq_attention(
-            byref(params),
-            byref(source),
-            byref(key),
-            byref(value),
-            past.data_ptr(),
-            new.data_ptr(),
-            None if sink is None else sink.data_ptr(),
-            byref(target),
-            None,
-            None,
-            None,
-        )
+    call = AttentionCall(
+        q, k, v, past_length, new_length, sinks, scheme, codebooks, caches, scale, window, softcap, native.CPU
     )
-    del keep_key, keep_value
-    return y
+    tables = [table(scheme.role(name), book, k.shape[1]) for name, book in zip(ROLES, codebooks, strict=True)]
+    call.key.table, call.value.table = (each.handle for each in tables)
+    native.check(_library().hqmq_attention(*call.arguments(), None, None, None))
+    return call.y

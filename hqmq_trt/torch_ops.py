@@ -10,11 +10,16 @@ Arguments are those of hqmq_trt.contract. ``scheme`` is Scheme.name; ``codebook`
 ``[]`` for fp16, ``codebooks`` K's followed by V's; a cache is the list of hqmq_trt.format.cache_tensors, key before
 value. ``rotate=False``: the Hadamard rotation already sits in the model's weights.
 
-CPU tensors go through the native library, all others through hqmq_trt.torch_codec. Inference only: no gradients.
+CPU tensors go through the native library, CUDA tensors through the CUDA library (hqmq_trt.cuda); where that is not
+built, a call raises HqmqError with the command that builds it. HQMQ_TORCH_CUDA=1 in the environment asks for the slow
+plain-torch kernels (hqmq_trt.torch_codec) instead, which also serve every other device. Lengths and values are checked
+first, which waits for the GPU; while a CUDA graph is captured they are not, and hqmq_trt.cuda.status counts what is
+wrong. Inference only: no gradients.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as memoize
@@ -24,11 +29,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hqmq_trt import native_attention, torch_attention
+from hqmq_trt import cuda, native_attention, torch_attention
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors
 from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
 
+TORCH_CUDA_VARIABLE = "HQMQ_TORCH_CUDA"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMAS = {
@@ -135,6 +141,8 @@ def _check_cache(role: RoleScheme, page_size: int, name: str, codebook: list[Ten
 def _check_lengths(length: Tensor, batch: int, what: str) -> list[int]:
     if length.dtype != torch.int32 or tuple(length.shape) != (batch,):
         raise HqmqError(f"{what} is {length.dtype} {list(length.shape)}, expected torch.int32 [{batch}]")
+    if _capturing(length):
+        return []
     values: list[int] = length.tolist()
     if any(value < 0 for value in values):
         raise HqmqError(f"{what} {values} holds a negative length")
@@ -156,6 +164,8 @@ def _check_append(x: Tensor, name: str, past_length: Tensor, new_length: Tensor,
 
 def _check_values(x: Tensor, name: str, past_length: Tensor, new_length: Tensor, tensors: list[Tensor]) -> None:
     """What the native library checks itself, for other kernels: room in the cache, finite values."""
+    if _capturing(x):
+        return
     past, new = past_length.tolist(), new_length.tolist()
     for b, (before, added) in enumerate(zip(past, new, strict=True)):
         if before + added > tensors[0].shape[2]:
@@ -174,9 +184,16 @@ def _check_values(x: Tensor, name: str, past_length: Tensor, new_length: Tensor,
         )
 
 
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: then nothing may wait for the GPU."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _kernels(x: Tensor) -> ModuleType:
     """The module whose append, load and attend serve the device of `x`."""
-    return native_attention if x.device.type == "cpu" else torch_attention
+    if x.device.type == "cpu":
+        return native_attention
+    return cuda if x.is_cuda and os.environ.get(TORCH_CUDA_VARIABLE) != "1" else torch_attention
 
 
 def _quantize_(
@@ -192,11 +209,12 @@ def _quantize_(
     codec, page_size = _role(scheme, role, rotate)
     _check_cache(codec, page_size, role, codebook, cache)
     _check_append(x, role, past_length, new_length, cache)
-    if _kernels(x) is native_attention:
+    kernels = _kernels(x)
+    if kernels is native_attention:
         native_attention.append(x, past_length, new_length, codec, codebook, cache, name=role)
     else:
         _check_values(x, role, past_length, new_length, cache)
-        torch_attention.append(x, past_length, new_length, codec, codebook, cache)
+        kernels.append(x, past_length, new_length, codec, codebook, cache)
 
 
 def _quantize(

@@ -322,7 +322,8 @@ def test_export_keeps_batch_rows_and_capacity_dynamic() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @EVERY_SCHEME
-def test_cuda_tensors_follow_the_oracle(name: str, head_dim: int) -> None:
+def test_plain_torch_on_cuda_follows_the_oracle(name: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HQMQ_TORCH_CUDA", "1")
     case = make(name, head_dim)
     scheme, page, past = case.scheme, case.scheme.page_size, lengths(0, 0)
     cache = [tensor.cuda() for tensor in case.both(case.empty)]
