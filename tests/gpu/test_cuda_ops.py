@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -61,10 +60,11 @@ def status() -> cuda.Status:
 
 
 def attend(
-    case: Attention, q: Tensor, k: Tensor, v: Tensor, past: Tensor, new: Tensor, caches: list[list[Tensor]],
+    case: Attention, inputs: Iterable[Tensor], past: Tensor, new: Tensor, caches: list[list[Tensor]],
     sinks: Tensor | None = None, window: int = 0, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """cuda.attend of CPU inputs on GPU caches, which it changes; y on the GPU."""
+    """cuda.attend of CPU inputs (q, k, v) on GPU caches, which it changes; y on the GPU."""
+    q, k, v = inputs
     return cuda.attend(
         gpu(q), gpu(k), gpu(v), gpu(past), gpu(new), None if sinks is None else gpu(sinks), case.scheme,
         on_gpu(case.books), caches, case.head_dim**-0.5, window, softcap,
@@ -102,12 +102,12 @@ def test_splits_of_a_prefill_write_the_same_bytes(name: str, head_dim: int) -> N
     tokens = (333, 150)
     q, k, v = case.inputs(max(tokens))
     whole = on_gpu(case.clone())
-    y = attend(case, q, k, v, lengths(0, 0), lengths(*tokens), whole)
+    y = attend(case, (q, k, v), lengths(0, 0), lengths(*tokens), whole)
     parts, start, rows = on_gpu(case.clone()), 0, []
     for step in (1, 62, 2, 64, 1, 1, 130, 72):
         past, rest = [min(start, n) for n in tokens], [max(min(step, n - start), 0) for n in tokens]
         chunk = (x[:, :, start : start + step] for x in (q, k, v))
-        rows.append(attend(case, *chunk, lengths(*past), lengths(*rest), parts))
+        rows.append(attend(case, chunk, lengths(*past), lengths(*rest), parts))
         start += step
     assert start == max(tokens)
     assert_same_caches(whole, parts)
@@ -130,7 +130,7 @@ def test_attention_follows_the_oracle(name: str, head_dim: int, heads: int, grou
     for tokens, new in ((1, (1, 1, 1, 1, 1, 1)), (37, (37, 5, 0, 37, 1, 9))):
         q, k, v = case.inputs(tokens)
         caches = on_gpu(case.clone())
-        y = attend(case, q, k, v, lengths(*past), lengths(*new), caches).cpu()
+        y = attend(case, (q, k, v), lengths(*past), lengths(*new), caches).cpu()
         expected, present = case.oracle(q, k, v, lengths(*new), head_dim**-0.5)
         assert relative_error(y, expected) < LIMITS[dtype]
         for b, count in enumerate(new):
@@ -147,7 +147,7 @@ def test_window_softcap_and_sinks(window: int, softcap: float, sink: bool, group
     sinks = torch.linspace(-1, 4, 2 * group) if sink else None
     for new in ((1, 1, 1, 1), (100, 0, 90, 70)):
         q, k, v = case.inputs(max(new))
-        y = attend(case, q, k, v, lengths(*past), lengths(*new), on_gpu(case.clone()), sinks, window, softcap)
+        y = attend(case, (q, k, v), lengths(*past), lengths(*new), on_gpu(case.clone()), sinks, window, softcap)
         expected, _ = case.oracle(q, k, v, lengths(*new), 64**-0.5, window, softcap, sinks)
         assert relative_error(y.cpu(), expected) < 1e-4
 
@@ -162,12 +162,12 @@ def test_a_sequence_does_not_depend_on_its_batch_and_runs_repeat(name: str) -> N
     runs = []
     for _ in range(2):
         caches = on_gpu(case.clone())
-        runs.append((attend(case, q, k, v, past, new, caches).cpu(), on_cpu(caches)))
+        runs.append((attend(case, (q, k, v), past, new, caches).cpu(), on_cpu(caches)))
     assert torch.equal(bits(runs[0][0]), bits(runs[1][0]))
     assert_same_caches(runs[0][1], runs[1][1])
     alone = [[tensor[:1].contiguous() for tensor in role] for role in on_gpu(case.clone())]
     rows = (x[:1, :, :count] for x in (q, k, v))
-    y = attend(case, *rows, past[:1], new[:1], alone)
+    y = attend(case, rows, past[:1], new[:1], alone)
     assert torch.equal(bits(y.cpu()), bits(runs[0][0][:1, :, :count]))
     assert_same_caches(on_cpu(alone), [[tensor[:1] for tensor in role] for role in runs[0][1]])
 
@@ -198,7 +198,7 @@ def test_a_captured_graph_serves_changing_lengths(name: str) -> None:
         counts = lengths(1, 1, i % 2)
         for target, source in zip((q, k, v, new), (*row, counts), strict=True):
             target.copy_(source)
-        expected = attend(case, *row, past.cpu(), counts, eager)
+        expected = attend(case, row, past.cpu(), counts, eager)
         graph.replay()
         assert torch.equal(bits(y), bits(expected))
         past += new
@@ -211,13 +211,13 @@ def test_nan_poisons_its_page_and_what_reads_it(name: str) -> None:
     case = Attention(name, 64, 2, 2, past=(10,), capacity=256)
     q, k, v = case.inputs(150)
     new, bad = lengths(150), 70
-    clean = attend(case, q, k, v, lengths(10), new, on_gpu(case.clone())).cpu()
+    clean = attend(case, (q, k, v), lengths(10), new, on_gpu(case.clone())).cpu()
     assert clean.isfinite().all()
     assert status()[:2] == (0, 0)
     v = v.clone()
     v[0, 1, bad - 10, 3], v[0, 1, bad - 9, 3] = torch.nan, 1e6  # positions 70 and 71, KV head 1
     caches = on_gpu(case.clone())
-    y = attend(case, q, k, v, lengths(10), new, caches).cpu()
+    y = attend(case, (q, k, v), lengths(10), new, caches).cpu()
     before, after = slice(0, bad - 10), slice(bad - 10, None)
     assert torch.equal(y[:, :2], clean[:, :2])
     assert torch.equal(y[:, 2:, before], clean[:, 2:, before])
@@ -236,9 +236,9 @@ def test_tokens_without_a_page_are_counted_and_not_cached() -> None:
     case = Attention("hq3", 64, 2, 2, past=(100, 3), capacity=128)
     q, k, v = case.inputs(40)
     caches, fitting = on_gpu(case.clone()), on_gpu(case.clone())
-    y = attend(case, q, k, v, lengths(100, 3), lengths(40, 40), caches).cpu()
+    y = attend(case, (q, k, v), lengths(100, 3), lengths(40, 40), caches).cpu()
     assert status() == (0, 12, 0)
-    expected = attend(case, q, k, v, lengths(100, 3), lengths(28, 40), fitting).cpu()
+    expected = attend(case, (q, k, v), lengths(100, 3), lengths(28, 40), fitting).cpu()
     assert y[0, :, 28:].isnan().all()
     assert torch.equal(y[0, :, :28], expected[0, :, :28])
     assert torch.equal(y[1], expected[1])
@@ -248,18 +248,22 @@ def test_tokens_without_a_page_are_counted_and_not_cached() -> None:
 def test_strides_and_wrong_tensors() -> None:
     case = Attention("hq3", 64, 2, 2, past=(100,), capacity=256)
     q, k, v = case.inputs(30)
-    expected = attend(case, q, k, v, lengths(100), lengths(30), on_gpu(case.clone()))
-    strided: list[Any] = [gpu(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in (q, k, v)]
-    rest: tuple[Any, ...] = (gpu(lengths(100)), gpu(lengths(30)), None, case.scheme, on_gpu(case.books))
-    y = cuda.attend(*strided, *rest, on_gpu(case.clone()), 64**-0.5)
-    assert torch.equal(y, expected)
+    expected = attend(case, (q, k, v), lengths(100), lengths(30), on_gpu(case.clone()))
+    strided = [gpu(x.transpose(1, 2).contiguous()).transpose(1, 2) for x in (q, k, v)]
+
+    def run(past: Tensor, window: int = 0) -> Tensor:
+        q, k, v = strided
+        rest = (None, case.scheme, on_gpu(case.books), on_gpu(case.clone()), 64**-0.5, window)
+        return cuda.attend(q, k, v, past, gpu(lengths(30)), *rest)
+
+    assert torch.equal(run(gpu(lengths(100))), expected)
     with pytest.raises(HqmqError, match=r"past_length is torch\.int64"):
-        cuda.attend(*strided, rest[0].long(), *rest[1:], on_gpu(case.clone()), 64**-0.5)
+        run(gpu(lengths(100)).long())
     with pytest.raises(HqmqError, match="window is negative"):
-        cuda.attend(*strided, *rest, on_gpu(case.clone()), 64**-0.5, window=-1)
+        run(gpu(lengths(100)), window=-1)
     wide = Attention("fp16", 288, 1, 1, past=(0,), capacity=64)
     with pytest.raises(HqmqError, match="up to 256, not 288"):
-        attend(wide, *wide.inputs(1), lengths(0), lengths(1), on_gpu(wide.clone()))
+        attend(wide, wide.inputs(1), lengths(0), lengths(1), on_gpu(wide.clone()))
 
 
 def test_operators_use_the_library_or_say_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +277,7 @@ def test_operators_use_the_library_or_say_how_to_build_it(tmp_path: Path, monkey
         y: Tensor = torch.ops.hqmq.attention_(q, k, v, *lens, None, books, cache, "hq4", 64**-0.5)
         return y
 
-    expected = attend(case, q, k, v, lengths(100), lengths(30), on_gpu(case.clone()))
+    expected = attend(case, (q, k, v), lengths(100), lengths(30), on_gpu(case.clone()))
     assert torch.equal(run(), expected)
     v[0, 0, 3, 3] = torch.inf
     with pytest.raises(HqmqError, match="value of sequence 0, token 103"):
