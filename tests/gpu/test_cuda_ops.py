@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqmq_trt import cuda, native, native_attention, oracle
+from hqmq_trt import cuda, native, native_attention, oracle, torch_ops
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import Attention, assert_same_caches, bits, relative_error
@@ -187,6 +187,7 @@ def test_a_captured_graph_serves_changing_lengths(name: str) -> None:
         return y
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     stream.synchronize()
@@ -287,6 +288,6 @@ def test_operators_use_the_library_or_say_how_to_build_it(tmp_path: Path, monkey
     cuda.library.cache_clear()
     with pytest.raises(HqmqError, match="cmake --preset cuda-release"):
         run()
-    monkeypatch.setenv("HQMQ_TORCH_CUDA", "1")
+    monkeypatch.setenv(torch_ops.TORCH_CUDA_VARIABLE, "1")
     assert run().isfinite().all()
     cuda.library.cache_clear()
