@@ -38,12 +38,12 @@ lint: setup ## ruff, mypy, clang-format
 	ruff check .
 	ruff format --check .
 	mypy
-	find plugins -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs clang-format --dry-run --Werror
+	find plugins tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
 
 format: setup ## Apply ruff and clang-format
 	ruff check --fix .
 	ruff format .
-	find plugins -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs clang-format -i
+	find plugins tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format -i
 
 bench: build ## Encoding and decode attention against their baselines
 	$(BIN)/python benchmarks/encode.py

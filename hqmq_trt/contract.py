@@ -13,7 +13,8 @@ CODEBOOK is ``secondaries`` float32 [H, S, 4] and ``levels`` float32 [2^r]; noth
 CACHE is the list of hqmq_trt.format.cache_tensors, in that order; which tensors it has follows from the attributes.
 x, k, v: [B, H, T, D]; q, y: [B, Hq, T, D], Hq a multiple of H, all of one type: float32, float16 or bfloat16.
 past_length, new_length, length: int32 [B]. Sequence b holds past_length[b] tokens and gets the first new_length[b]
-of the T rows (right padding); output rows past them are zero. `x` of HqmqDequantize: [B, H, M*P, D].
+of the T rows (right padding); output rows past them are zero. `x` of HqmqDequantize: float32 [B, H, M*P, D]; graphs
+in half precision cast it.
 sinks: [Hq] of the type of q, present if the attribute has_sinks is 1.
 
 Present tensors equal past tensors but for the rows written; a runtime may give both one buffer.
