@@ -7,6 +7,7 @@ preset. The requirement is a ratio of at least 40 on two cores.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable
 from typing import Annotated
@@ -22,15 +23,15 @@ from hqmq_trt.scheme import PRESETS, Scheme
 REQUIRED_RATIO = 40
 
 
-def least_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Least wall time of `repeats` runs after one that warms up: other load on the machine only adds."""
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Median wall time of `repeats` runs after one that warms up."""
     run()
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def measure(name: str, head_dim: int, heads: int, pages: int, repeats: int) -> dict[str, float | str]:
@@ -49,8 +50,8 @@ def measure(name: str, head_dim: int, heads: int, pages: int, repeats: int) -> d
         for head in range(heads):
             oracle.encode_page(x[0, head, :page_size].float(), role, secondaries[head], levels)
 
-    fast = least_seconds(lambda: native.append(x, past, new, role, book, cache), repeats) / (heads * tokens)
-    slow = least_seconds(oracle_pages, repeats) / (heads * page_size)
+    fast = median_seconds(lambda: native.append(x, past, new, role, book, cache), repeats) / (heads * tokens)
+    slow = median_seconds(oracle_pages, repeats) / (heads * page_size)
     return {"scheme": name, "native_us": fast * 1e6, "oracle_us": slow * 1e6, "ratio": slow / fast}
 
 
@@ -58,7 +59,7 @@ def main(
     head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
     heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     pages: Annotated[int, typer.Option(help="Pages of each head that the native codec fills.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed runs; the fastest counts.")] = 9,
+    repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare the encoding speed of the native codec and the torch oracle."""
