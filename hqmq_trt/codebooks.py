@@ -52,7 +52,7 @@ def haar(count: int, *key: int) -> F64:
     The bits are Philox 4x64 counters (numpy guarantees its stream).
     """
     bits = np.random.Philox(np.random.SeedSequence(key))
-    points = np.empty((0, 2))
+    points: F64 = np.empty((0, 2))
     while len(points) < 2 * count:
         raw = bits.random_raw(8 * count + 16) >> np.uint64(11)
         uniform = (raw.astype(np.float64) * 2.0**-52 - 1.0).reshape(-1, 2)
