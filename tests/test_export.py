@@ -196,6 +196,8 @@ def test_fused_is_torch_with_the_same_cache(exports: Exports, name: str, scheme:
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "hq4@p8"), ("gemma2", "paper:s8_r3+med3@p8")])
 def test_qdq_with_library_and_with_function_bodies(exports: Exports, name: str, scheme: str) -> None:
     """HqmqQuantize, HqmqDequantize, ordinary attention: our kernels, plain ONNX Runtime and PyTorch agree."""
+    if onnxruntime.__version__.startswith("1.23."):
+        pytest.skip("ONNX Runtime 1.23 binds a node to the wrong overload of a local function (docs/export.md)")
     model, folder = exports(name, scheme, "qdq")
     proto = check(folder)
     kinds = [node.op_type for node in proto.graph.node if node.domain]
