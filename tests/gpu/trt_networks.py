@@ -188,7 +188,8 @@ def logger() -> Any:
             self.messages: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
+            levels = trt.ILogger.Severity
+            if severity in (levels.INTERNAL_ERROR, levels.ERROR, levels.WARNING):
                 self.messages.append(message)
 
     return Log()
