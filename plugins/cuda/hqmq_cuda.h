@@ -63,6 +63,13 @@ HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq
                                  const float* sinks, const hqmq_rows* y, hqmq_cuda_status* status,
                                  void* workspace, size_t workspace_bytes, void* stream);
 
+/* Device to device; the ranges must not overlap. */
+HQMQ_API int hqmq_cuda_copy(void* to, const void* from, size_t bytes, void* stream);
+
+/* count elements x of a dtype (enum hqmq_dtype) as float, for sinks. */
+HQMQ_API int hqmq_cuda_to_float(const void* x, int32_t dtype, int64_t count, float* out,
+                                void* stream);
+
 #ifdef __cplusplus
 }
 #endif

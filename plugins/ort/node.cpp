@@ -1,9 +1,7 @@
 #include "node.h"
 
-#include <algorithm>
-
+#include "append.h"
 #include "codec/layout.h"
-#include "codec/numeric.h"
 
 namespace hqmq::ort {
 
@@ -89,42 +87,17 @@ void Role::CheckCodebook(const Tensor& secondaries, const Tensor& levels) const 
   }
 }
 
-Role::Codebook Role::MakeCodebook(const Tensor& secondaries, const Tensor& levels) const {
-  const float* s = static_cast<const float*>(secondaries.data);
-  const float* l = static_cast<const float*>(levels.data);
-  Codebook out;
-  out.secondaries.assign(s, s + secondaries.bytes() / sizeof(float));
-  out.levels.assign(l, l + levels.bytes() / sizeof(float));
-  RoleParams params = params_;
-  params.secondaries = static_cast<int32_t>(secondaries.dims[1]);
-  out.words = std::make_shared<Words>(params, static_cast<int>(secondaries.dims[0]), s, l);
-  return out;
-}
-
-void Role::BindCodebook(const NodeInfo& node, size_t first_input) {
-  Tensor secondaries, levels;
-  if (!packed() || !node.Constant(first_input, &secondaries) ||
-      !node.Constant(first_input + 1, &levels))
-    return;
-  CheckCodebook(secondaries, levels);
-  if (secondaries.dims[1] < 1 || secondaries.dims[1] > 1024) {
-    throw Error(name_ + "codebook 'secondaries' is " + Text(secondaries.dims) +
+bool Role::ConstantCodebook(const NodeInfo& node, size_t first_input, Tensor* secondaries,
+                            Tensor* levels) const {
+  if (!packed() || !node.Constant(first_input, secondaries) ||
+      !node.Constant(first_input + 1, levels))
+    return false;
+  CheckCodebook(*secondaries, *levels);
+  if (secondaries->dims[1] < 1 || secondaries->dims[1] > 1024) {
+    throw Error(name_ + "codebook 'secondaries' is " + Text(secondaries->dims) +
                 ", expected 1…1024 secondaries");
   }
-  codebook_ = MakeCodebook(secondaries, levels);
-  constant_ = true;
-}
-
-std::shared_ptr<const Words> Role::WordsOf(const RoleParams& params, int heads,
-                                           const Tensor& secondaries, const Tensor& levels) const {
-  if (constant_ && codebook_.words->Matches(params, heads)) return codebook_.words;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const bool same =
-      codebook_.words && codebook_.words->Matches(params, heads) &&
-      memcmp(codebook_.secondaries.data(), secondaries.data, secondaries.bytes()) == 0 &&
-      memcmp(codebook_.levels.data(), levels.data, levels.bytes()) == 0;
-  if (!same) codebook_ = MakeCodebook(secondaries, levels);
-  return codebook_.words;
+  return true;
 }
 
 RoleCache CacheOf(const RoleParams& params, const std::vector<Tensor>& tensors) {
@@ -160,11 +133,11 @@ Role::View Role::Read(const KernelContext* context, size_t first_codebook,
   out.heads = static_cast<int>(tail.dims[1]);
   out.num_pages = static_cast<int>(codes.dims[2] / page);
 
-  Tensor secondaries, levels;
+  Tensor& secondaries = out.secondaries;
   if (packed()) {
     secondaries = Input(context, first_codebook);
-    levels = Input(context, first_codebook + 1);
-    CheckCodebook(secondaries, levels);
+    out.levels = Input(context, first_codebook + 1);
+    CheckCodebook(secondaries, out.levels);
     if (secondaries.dims[0] != out.heads) {
       throw Error(name_ + "codebook 'secondaries' " + Text(secondaries.dims) + " and a cache of " +
                   std::to_string(out.heads) + " heads do not belong together");
@@ -196,14 +169,6 @@ Role::View Role::Read(const KernelContext* context, size_t first_codebook,
                 Text(expected[i].dims));
   }
   out.cache = CacheOf(out.params, out.tensors);
-  if (packed()) {
-    out.secondaries = static_cast<const float*>(secondaries.data);
-    out.levels = static_cast<const float*>(levels.data);
-    out.words = WordsOf(out.params, out.heads, secondaries, levels);
-  } else {
-    static const auto none = std::make_shared<const Words>();
-    out.words = none;
-  }
   return out;
 }
 
@@ -217,22 +182,6 @@ Present::Present(KernelContext* context, size_t first_output, const Role::View& 
 
 RoleCache Present::cache() const { return CacheOf(past_.params, tensors_); }
 
-void Present::CopyPast(const Threads& threads) const {
-  constexpr size_t kPiece = size_t{1} << 20;
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const size_t size = tensors_[i].bytes();
-    if (tensors_[i].data == past_.tensors[i].data) continue;
-    char* to = static_cast<char*>(tensors_[i].data);
-    const char* from = static_cast<const char*>(past_.tensors[i].data);
-    threads.For(static_cast<int64_t>((size + kPiece - 1) / kPiece), [&](int64_t piece) {
-      const size_t start = static_cast<size_t>(piece) * kPiece;
-      memcpy(to + start, from + start, std::min(kPiece, size - start));
-    });
-  }
-}
-
-namespace {
-
 int32_t DtypeOf(const Tensor& tensor, const char* name) {
   if (tensor.type == kFloat) return HQMQ_FLOAT32;
   if (tensor.type == kFloat16) return HQMQ_FLOAT16;
@@ -240,8 +189,6 @@ int32_t DtypeOf(const Tensor& tensor, const char* name) {
   throw Error("'" + std::string(name) + "' is " + TypeName(tensor.type) +
               ", expected float32, float16 or bfloat16");
 }
-
-}  // namespace
 
 hqmq_rows RowsOf(const Tensor& tensor, const char* name) {
   const int32_t dtype = DtypeOf(tensor, name);
@@ -260,45 +207,12 @@ void CheckRows(const Tensor& x, const Role::View& cache, const char* name) {
               Text({cache.batch, heads, x.dims[2], dim}));
 }
 
-std::vector<float> Floats(const Tensor& tensor) {
-  const int32_t dtype = DtypeOf(tensor, "sinks");
-  std::vector<float> out(tensor.bytes() / (dtype == HQMQ_FLOAT32 ? 4 : 2));
-  const uint16_t* bits = static_cast<const uint16_t*>(tensor.data);
-  for (size_t i = 0; i < out.size(); ++i) {
-    if (dtype == HQMQ_FLOAT32) out[i] = static_cast<const float*>(tensor.data)[i];
-    if (dtype == HQMQ_FLOAT16) out[i] = FloatFromHalf(bits[i]);
-    if (dtype == HQMQ_BFLOAT16) out[i] = FloatFromBf16(bits[i]);
-  }
-  return out;
-}
-
-Rows WritableRows(const Tensor& tensor) {
-  const hqmq_rows rows = RowsOf(tensor, "output");
-  return {tensor.data, rows.dtype, rows.batch_stride, rows.head_stride, rows.token_stride};
-}
-
 const int32_t* Lengths(const Tensor& tensor, int batch, const char* name) {
   if (tensor.type != kInt32 || tensor.dims != Dims{batch}) {
     throw Error("'" + std::string(name) + "' is " + TypeName(tensor.type) + " " +
                 Text(tensor.dims) + ", expected int32 [" + std::to_string(batch) + "]");
   }
   return static_cast<const int32_t*>(tensor.data);
-}
-
-Threads ThreadsOf(KernelContext* context) {
-  const auto run = [](void* pool, int64_t n, void (*body)(void*, int64_t), void* ctx) {
-    struct Call {
-      void (*body)(void*, int64_t);
-      void* ctx;
-    } call = {body, ctx};
-    const auto one = [](void* user, size_t i) {
-      const Call* call = static_cast<const Call*>(user);
-      call->body(call->ctx, static_cast<int64_t>(i));
-    };
-    Check(api.KernelContext_ParallelFor(static_cast<const KernelContext*>(pool), one,
-                                        static_cast<size_t>(n), 0, &call));
-  };
-  return {run, context};
 }
 
 void Check(const hqmq::Status& status) {

@@ -1,13 +1,13 @@
-// What the three operators share: a node's attributes, codebooks and cache tensors
-// (hqmq_trt/contract.py).
+// What the operators of all execution providers share: a node's attributes, codebooks and cache
+// tensors (hqmq_trt/contract.py). Reads types and shapes only, never a tensor's data, which may lie
+// on a GPU.
 #pragma once
 
-#include <memory>
-#include <mutex>
 #include <string>
 
-#include "attention.h"
+#include "attention_kernels.h"
 #include "ort_support.h"
+#include "status.h"
 
 namespace hqmq::ort {
 
@@ -24,6 +24,7 @@ class NodeInfo {
   bool Constant(size_t index, Tensor* out) const;
   // "HqmqAttention node 'name': " + text
   std::string Message(const std::string& text) const { return title_ + text; }
+  const KernelInfo* info() const { return info_; }
 
  private:
   std::string title_;
@@ -37,50 +38,50 @@ class Role {
   // prefix: of the attributes, "", "k_" or "v_"; name: "", "key " or "value ", for messages.
   Role(const NodeInfo& node, std::string prefix, std::string name, int page_size);
 
+  bool packed() const { return params_.storage == Storage::kHqmq; }
+  int radius_bits() const { return params_.radius_bits; }
   size_t codebook_inputs() const { return packed() ? 2 : 0; }
   size_t cache_tensors() const;
-  // Reads the codebook now if it is constant, so that its table is made once.
-  void BindCodebook(const NodeInfo& node, size_t first_input);
+  // Whether the codebook at first_input is constant; its tensors, checked.
+  bool ConstantCodebook(const NodeInfo& node, size_t first_input, Tensor* secondaries,
+                        Tensor* levels) const;
 
   // A call's view of the role.
   struct View {
     RoleParams params;
     int batch, heads, num_pages;
     RoleCache cache;
-    const float *secondaries, *levels;
-    std::shared_ptr<const Words> words;
+    Tensor secondaries, levels;   // data null for storage fp16
     std::vector<Tensor> tensors;  // of the cache
+
+    const float* secondary_data() const { return static_cast<const float*>(secondaries.data); }
+    const float* level_data() const { return static_cast<const float*>(levels.data); }
   };
   // Reads and checks codebook and cache inputs of a call.
   View Read(const KernelContext* context, size_t first_codebook, size_t first_cache) const;
 
  private:
-  struct Codebook {
-    std::vector<float> secondaries, levels;
-    std::shared_ptr<const Words> words;
-  };
-
-  bool packed() const { return params_.storage == Storage::kHqmq; }
-  Codebook MakeCodebook(const Tensor& secondaries, const Tensor& levels) const;
   void CheckCodebook(const Tensor& secondaries, const Tensor& levels) const;
-  std::shared_ptr<const Words> WordsOf(const RoleParams& params, int heads,
-                                       const Tensor& secondaries, const Tensor& levels) const;
 
   RoleParams params_ = {};  // head_dim and secondaries come with a call
   std::string name_;
-  bool constant_ = false;
-  mutable std::mutex mutex_;
-  mutable Codebook codebook_;
 };
 
-// Gives the present tensors of a call: the outputs, with `past` copied where a buffer is not the
-// same.
+// The present tensors of a call. Whoever makes them copies `past` into those whose buffer is
+// another one.
 class Present {
  public:
   // Allocates outputs first_output…; nothing is copied yet.
   Present(KernelContext* context, size_t first_output, const Role::View& past);
   RoleCache cache() const;
-  void CopyPast(const Threads& threads) const;
+  // function(to, from, bytes) for each tensor with a buffer of its own.
+  template <class Function>
+  void ForEachCopy(Function function) const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      if (tensors_[i].data != past_.tensors[i].data)
+        function(tensors_[i].data, past_.tensors[i].data, tensors_[i].bytes());
+    }
+  }
 
  private:
   const Role::View& past_;
@@ -90,17 +91,14 @@ class Present {
 // Pointers of cache tensors in contract order.
 RoleCache CacheOf(const RoleParams& params, const std::vector<Tensor>& tensors);
 
+// enum hqmq_dtype of activations
+int32_t DtypeOf(const Tensor& tensor, const char* name);
 // Refuses activations that do not fit a cache's batch, heads and head_dim.
 void CheckRows(const Tensor& x, const Role::View& cache, const char* name);
-// Elements of any float type as float32.
-std::vector<float> Floats(const Tensor& tensor);
 // Activations [B, H, T, D], contiguous.
 hqmq_rows RowsOf(const Tensor& tensor, const char* name);
-Rows WritableRows(const Tensor& tensor);
 // int32 [batch]
 const int32_t* Lengths(const Tensor& tensor, int batch, const char* name);
-// Loops on ONNX Runtime's threads.
-Threads ThreadsOf(KernelContext* context);
 // Raises what `status` tells.
 void Check(const hqmq::Status& status);
 

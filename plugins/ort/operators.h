@@ -5,9 +5,15 @@
 
 namespace hqmq::ort {
 
+// For the CPU execution provider (host_operators.cpp).
 const CustomOp* QuantizeOp();
 const CustomOp* DequantizeOp();
 const CustomOp* AttentionOp();
+
+// For the CUDA execution provider (cuda_operators.cpp).
+const CustomOp* CudaQuantizeOp();
+const CustomOp* CudaDequantizeOp();
+const CustomOp* CudaAttentionOp();
 
 // Output types and shapes of each operator (infer.cpp).
 Status* InferQuantize(const CustomOp*, ShapeInferContext* context);

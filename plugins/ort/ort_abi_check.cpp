@@ -37,7 +37,7 @@ HQMQ_SAME_OFFSET(GetEndVersion);
 #undef HQMQ_SAME_OFFSET
 
 static_assert(offsetof(OrtApiBase, GetApi) == offsetof(ApiBase, GetApi));
-static_assert(ORT_API_VERSION >= kApiVersion);
+static_assert(ORT_API_VERSION >= kApiVersion && kApiVersion >= kCustomOpVersion);
 static_assert(int{kFail} == int{ORT_FAIL} && int{kInvalidArgument} == int{ORT_INVALID_ARGUMENT});
 static_assert(int{kRuntimeException} == int{ORT_RUNTIME_EXCEPTION} &&
               int{kInvalidGraph} == int{ORT_INVALID_GRAPH});
@@ -48,5 +48,6 @@ static_assert(int{kBfloat16} == int{ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16});
 static_assert(int{kVariadic} == int{INPUT_OUTPUT_VARIADIC} &&
               int{kOptional} == int{INPUT_OUTPUT_OPTIONAL});
 static_assert(int{kAttrInt} == int{ORT_OP_ATTR_INT} && int{kAttrFloat} == int{ORT_OP_ATTR_FLOAT});
+static_assert(int{kDefaultMemory} == int{OrtMemTypeDefault});
 
 }  // namespace hqmq::ort

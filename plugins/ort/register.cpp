@@ -1,4 +1,5 @@
 // The entry points of libhqmq_ort.
+#include "cuda_library.h"
 #include "operators.h"
 #include "ort_support.h"
 
@@ -14,7 +15,7 @@ HQMQ_EXPORT Status* RegisterCustomOps(SessionOptions* options, const ApiBase* ba
     const auto create = *reinterpret_cast<decltype(api.CreateStatus) const*>(oldest);
     const std::string version = base->GetVersionString();
     return create(kFail,
-                  ("libhqmq_ort needs ONNX Runtime 1.17 or newer, this is " + version).c_str());
+                  ("libhqmq_ort needs ONNX Runtime 1.18 or newer, this is " + version).c_str());
   }
   api.load(table);
   return Guard([&] {
@@ -22,7 +23,8 @@ HQMQ_EXPORT Status* RegisterCustomOps(SessionOptions* options, const ApiBase* ba
     static CustomOpDomain* const domain = [] {
       CustomOpDomain* out = nullptr;
       Check(api.CreateCustomOpDomain("com.hqmq", &out));
-      for (const CustomOp* op : {QuantizeOp(), DequantizeOp(), AttentionOp()}) {
+      for (const CustomOp* op : {QuantizeOp(), DequantizeOp(), AttentionOp(), CudaQuantizeOp(),
+                                 CudaDequantizeOp(), CudaAttentionOp()}) {
         Check(api.CustomOpDomain_Add(out, op));
       }
       return out;
@@ -33,3 +35,16 @@ HQMQ_EXPORT Status* RegisterCustomOps(SessionOptions* options, const ApiBase* ba
 
 HQMQ_EXPORT int32_t hqmq_ort_format_version() { return HQMQ_FORMAT_VERSION; }
 HQMQ_EXPORT const char* hqmq_ort_version() { return HQMQ_VERSION; }
+
+// Why nodes cannot run on the CUDA execution provider, or null if the CUDA library is there and
+// fits. The text stays until the thread's next call.
+HQMQ_EXPORT const char* hqmq_ort_cuda_problem() {
+  static thread_local std::string text;
+  try {
+    LoadCudaLibrary();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
