@@ -161,7 +161,7 @@ def session(
         if name not in made.get_providers():
             why = f"not found: {missing}" if missing else "its log on stderr says more"
             raise HqmqError(
-                f"ONNX Runtime {ort.__version__} could not start {name} ({why}); put the libraries of CUDA and cuDNN on "
+                f"ONNX Runtime {ort.__version__} could not start {name} ({why}); put CUDA and cuDNN on "
                 f"LD_LIBRARY_PATH, or use {CPU}"
             )
     return made
