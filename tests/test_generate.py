@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -32,6 +34,15 @@ class HashSession(Session):
 
     def cache_nbytes(self) -> dict[str, int]:
         return {}
+
+    def _read_cache(self, name: str, sequence: int, rows: int) -> NDArray[Any]:
+        raise NotImplementedError
+
+    def _write_cache(self, name: str, sequence: int, values: NDArray[Any]) -> None:
+        raise NotImplementedError
+
+    def model_sha256(self) -> str:
+        return ""
 
     def _run(
         self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
@@ -121,7 +132,6 @@ def test_nothing_to_generate() -> None:
     [
         ([], "no prompt"),
         ([Request([])], "prompt 0 has no tokens"),
-        ([Request([1])] * 5, "raise max_batch"),
         ([Request([1] * 60, 6)], "holds 64 tokens a sequence but 65 are needed; raise max_context"),
         ([Request([1, VOCABULARY])], "outside the vocabulary"),
         ([Request([1], -1)], "negative"),
@@ -134,6 +144,33 @@ def test_bad_requests(requests: list[Request], message: str) -> None:
 
 def test_a_full_cache_is_enough() -> None:
     assert len(tokens(run([Request([1] * 60, 5)]))[0]) == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("max_batch", [1, 2, 3])
+def test_more_requests_than_sequences(max_batch: int, temperature: float) -> None:
+    requests = [
+        Request([*prompt, i], new, Sampling(temperature, seed=i), frozenset(range(0, VOCABULARY, 5)))
+        for i, (prompt, new) in enumerate(zip(PROMPTS * 3, [4, 9, 1, 0, 7, 2, 12, 3, 1, 5, 0, 6], strict=True))
+    ]
+    streamed: list[tuple[int, int]] = []
+    done: list[int] = []
+    session = HashSession(max_batch)
+    found = generate(session, requests, lambda b, token: streamed.append((b, token)), done.append)
+    alone = [generate(HashSession(1), [request]).completions[0] for request in requests]
+    assert found.completions == alone
+    assert {completion.finish_reason for completion in alone} == {"stop", "length"}
+    for b, completion in enumerate(alone):
+        assert [token for request, token in streamed if request == b] == completion.tokens
+    assert done == sorted(done)
+    assert done[-1] == found.timing.prompt_tokens == sum(len(request.prompt) for request in requests)
+
+
+def test_a_free_sequence_is_filled_at_once() -> None:
+    """The short requests pass through the second sequence while the first goes on; nothing is prefilled twice."""
+    session = HashSession(2)
+    generate(session, [Request([1] * 5, 8), *(Request([2] * 3, 2) for _ in range(3))])
+    assert session.runs == [(5, 3), (1, 1), (0, 3), (1, 1), (0, 3), (1, 1), *[(1,)] * 4]
 
 
 def test_logits_that_are_not_finite() -> None:

@@ -16,11 +16,10 @@ from rich.text import Text
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag, size
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
-from hqmq_trt.runtime.session import DEFAULT_PREFILL_CHUNK
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(help="Folder that `hqmq-trt export` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that `hqmq-trt export` or `build` wrote.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Repeatable: a batch.")] = None,
     prompt_file: Annotated[
         list[Path] | None, typer.Option("--prompt-file", help="A text file that is one prompt; repeatable.")
@@ -34,13 +33,20 @@ def run(
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int, typer.Option(help="Prompt i draws from seed + i.")] = 0,
     max_context: Annotated[int | None, typer.Option(help="Tokens of a sequence [default: what is needed].")] = None,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens of a sequence in one run.")] = DEFAULT_PREFILL_CHUNK,
-    threads: Annotated[int, typer.Option(help="0: let ONNX Runtime choose.")] = 0,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Prompts at a time; others wait [default: all, or the engine's limit].")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(help="Prompt tokens of a sequence in one run [default: 512, or the engine's limit].")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="0: let ONNX Runtime choose; an engine has no use for it.")] = 0,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
-    """Generate text; several prompts run as one batch."""
+    """Generate text; several prompts run as one batch, with ONNX Runtime or on an engine with TensorRT."""
+    from hqmq_trt.engine.manifest import EngineManifest
+    from hqmq_trt.runtime import open_session
     from hqmq_trt.runtime.generate import Request, generate
     from hqmq_trt.runtime.sampling import Sampling
     from hqmq_trt.runtime.tokenizer import Tokenizer
@@ -62,13 +68,14 @@ def run(
     if needed > manifest.max_position:
         output.note(f"note: {needed} tokens exceed the {manifest.max_position} this model was trained for")
 
-    from hqmq_trt.runtime.ort_session import OrtSession
-
-    session = OrtSession(folder, len(requests), max_context or max(needed, 1), prefill_chunk, threads)
-    screen = _Screen(output, tokenizer, session, len(requests), sum(len(r.prompt) for r in requests))
-    with screen:
-        generation = generate(session, requests, screen.on_token, screen.on_prefill)
-    cache = session.cache_nbytes()
+    batch = len(requests) if max_batch is None else max_batch
+    if max_batch is None and EngineManifest.is_engine(folder):
+        batch = min(batch, EngineManifest.load(folder).max_batch)
+    with open_session(folder, batch, max_context or max(needed, 1), prefill_chunk, threads) as session:
+        screen = _Screen(output, tokenizer, session, len(requests), sum(len(r.prompt) for r in requests))
+        with screen:
+            generation = generate(session, requests, screen.on_token, screen.on_prefill)
+        cache = session.cache_nbytes()
     timing = generation.timing
     output.result(
         {
@@ -94,7 +101,7 @@ def run(
     output.note(
         f"{manifest.scheme}: {timing.prompt_tokens} prompt tokens at {timing.prefill_rate:.0f}/s, "
         f"{sum(len(c.tokens) for c in generation.completions)} new at {timing.decode_rate:.1f}/s, "
-        f"cache {size(sum(cache.values()))} for {len(requests)} x {session.max_context} tokens"
+        f"cache {size(sum(cache.values()))} for {session.max_batch} x {session.max_context} tokens"
     )
 
 
@@ -174,6 +181,6 @@ class _Screen:
             f"cache {size(sum(self._session.cache_nbytes().values()))}",
             style="dim",
         )
-        room = max(self._output.err.size.height - 2, 4) // self._batch
+        room = max(max(self._output.err.size.height - 2, 4) // self._batch, 1)
         tails = [Text("\n".join(text.splitlines()[-room:])) for text in self._texts if text]
         self._live.update(Group(*tails, status))

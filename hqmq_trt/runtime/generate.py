@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime.sampling import Sampler, Sampling
@@ -77,52 +79,96 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     on_prefill: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Prefill all prompts, then decode until every request has ended. The session is emptied first.
+    """Generate for any number of requests, at most max_batch at a time. The session is emptied first.
 
-    A request that has ended gets no more tokens; its tokens do not depend on the other requests of the batch.
-    `on_token(request, token)` is called for each token kept; `on_prefill(tokens)` as the prompts are read.
+    Each request takes a free sequence of the session; when it ends, the next one is prefilled into its place while
+    the others keep their caches. A request's tokens do not depend on what shares the batch.
+    `on_token(request, token)` is called for each token kept; `on_prefill(tokens)` with the prompt tokens read so far.
 
     Raises:
-        HqmqError: no request, an empty prompt, more requests than max_batch, or a cache too small.
+        HqmqError: no request, an empty prompt, or a cache too small.
     """
     _check(session, requests)
     session.reset()
+    batch = _Batch(session, requests)
     timing = Timing(prompt_tokens=sum(len(request.prompt) for request in requests))
-    completions = [Completion() for _ in requests]
-    samplers = [Sampler(request.sampling) for request in requests]
-    active = {b for b, request in enumerate(requests) if request.max_new_tokens > 0}
+    read = 0
+    following: list[int | None] = [None] * batch.size
+    while True:
+        if joining := batch.join():
+            start = time.perf_counter()
+            base = read
+            progress = (lambda done, base=base: on_prefill(base + done)) if on_prefill else None
+            prompts = [requests[joining[b]].prompt if b in joining else [] for b in range(batch.size)]
+            logits = session.append(prompts, progress)
+            read += sum(len(prompt) for prompt in prompts)
+            timing.prefill_seconds += time.perf_counter() - start
+            start = time.perf_counter()
+            for b in joining:
+                following[b] = batch.sample(b, logits[b], on_token)
+            timing.decode_seconds += time.perf_counter() - start
+            continue  # a request may have ended with its first token
+        if not batch.active:
+            return Generation(batch.completions, timing)
+        start = time.perf_counter()
+        logits = session.decode(following)
+        for b, token in enumerate(following):
+            if token is not None:
+                timing.decoded_tokens += 1
+                following[b] = batch.sample(b, logits[b], on_token)
+        timing.decode_seconds += time.perf_counter() - start
 
-    start = time.perf_counter()
-    logits = session.append([request.prompt for request in requests], on_prefill)
-    timing.prefill_seconds = time.perf_counter() - start
-    start = time.perf_counter()
-    while active:
-        following: list[int | None] = [None] * len(requests)
-        for b in sorted(active):
-            token = samplers[b](logits[b])
-            if token in requests[b].stop_tokens:
-                completions[b].finish_reason = "stop"
-                active.discard(b)
-                continue
-            completions[b].tokens.append(token)
-            if on_token:
-                on_token(b, token)
-            if len(completions[b].tokens) == requests[b].max_new_tokens:
-                active.discard(b)
+
+class _Batch:
+    """Which request is in which sequence of the session.
+
+    Attributes:
+        size: sequences in use.
+        active: sequence → request.
+        completions: one a request.
+    """
+
+    def __init__(self, session: Session, requests: Sequence[Request]) -> None:
+        self._session, self._requests = session, requests
+        self._waiting = deque(range(len(requests)))
+        self._samplers = [Sampler(request.sampling) for request in requests]
+        self.size = min(len(requests), session.max_batch)
+        self.active: dict[int, int] = {}
+        self.completions = [Completion() for _ in requests]
+
+    def join(self) -> dict[int, int]:
+        """Give waiting requests the free sequences, emptied; sequence → request of those that joined."""
+        joining: dict[int, int] = {}
+        for b in range(self.size):
+            if b not in self.active and self._waiting:
+                joining[b] = self._waiting.popleft()
+                self._session.reset(b)
+        self.active.update(joining)
+        return joining
+
+    def sample(
+        self, sequence: int, logits: NDArray[np.float32], on_token: Callable[[int, int], None] | None
+    ) -> int | None:
+        """Draw the next token of a sequence; None if its request has ended, and has left."""
+        number = self.active[sequence]
+        request, completion = self._requests[number], self.completions[number]
+        if request.max_new_tokens > 0:
+            token = self._samplers[number](logits)
+            if token in request.stop_tokens:
+                completion.finish_reason = "stop"
             else:
-                following[b] = token
-        if active:
-            logits = session.decode(following)
-            timing.decoded_tokens += sum(token is not None for token in following)
-    timing.decode_seconds = time.perf_counter() - start
-    return Generation(completions, timing)
+                completion.tokens.append(token)
+                if on_token:
+                    on_token(number, token)
+                if len(completion.tokens) < request.max_new_tokens:
+                    return token
+        del self.active[sequence]
+        return None
 
 
 def _check(session: Session, requests: Sequence[Request]) -> None:
     if not requests:
         raise HqmqError("no prompt was given")
-    if len(requests) > session.max_batch:
-        raise HqmqError(f"{len(requests)} requests do not fit max_batch={session.max_batch}; raise max_batch")
     for b, request in enumerate(requests):
         if not len(request.prompt):
             raise HqmqError(f"prompt {b} has no tokens; give it some text")

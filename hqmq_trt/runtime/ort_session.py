@@ -1,4 +1,4 @@
-"""A Session on ONNX Runtime: the cache lives in buffers of ours that every run updates in place."""
+"""A Session on ONNX Runtime, on CPU or GPU: the cache lies in buffers of ours that every run updates in place."""
 
 from __future__ import annotations
 
@@ -9,25 +9,18 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from hqmq_trt import ort_library
 from hqmq_trt.errors import HqmqError
+from hqmq_trt.runtime.cache_file import model_digest
+from hqmq_trt.runtime.ort_cache import NUMPY_TYPE, ONNX_TYPE, DeviceTensor, HostTensor
 from hqmq_trt.runtime.session import DEFAULT_PREFILL_CHUNK, Logits, Session
 
-_ALIGNMENT = 64
-_ONNX_TYPE = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int32": TensorProto.INT32,
-}
-_NUMPY_TYPE = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32}
 _NODE_ERROR = re.compile(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", re.DOTALL)
 
 
 class OrtSession(Session):
-    """Runs an exported folder in ONNX Runtime on the CPU.
+    """Runs an exported folder in ONNX Runtime.
 
     past.* and present.* of the graph are bound to the same memory, so that a run only writes new tokens. The cache
     is `max_batch` x `max_context`; a run over fewer sequences binds the front part of each tensor. After a run that
@@ -37,9 +30,12 @@ class OrtSession(Session):
         folder: what `hqmq-trt export` wrote.
         max_batch, max_context, prefill_chunk: see Session.
         threads: of ONNX Runtime; 0 leaves it the choice.
+        provider: ``cpu``, or ``cuda`` for the first GPU (needs onnxruntime-gpu): the cache then lies there, and
+            tokens, lengths and logits travel.
 
     Raises:
-        HqmqError: a folder that is not ours or damaged, a missing library, or a model ONNX Runtime refuses.
+        HqmqError: a folder that is not ours or damaged, a missing library or provider, a model ONNX Runtime refuses,
+            or no room on the GPU.
     """
 
     def __init__(
@@ -49,18 +45,20 @@ class OrtSession(Session):
         max_context: int = 2048,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         threads: int = 0,
+        provider: str = "cpu",
     ) -> None:
         super().__init__(folder, max_batch, max_context, prefill_chunk)
         self._path = self.folder / self.manifest.model_file
         self.manifest.verify_codebooks(self._path)
-        self._session = ort_library.session(self._path, threads=threads)
-        self._cache = {
-            name: _zeros(spec.shape, _NUMPY_TYPE[spec.dtype])
-            for name, spec in self.manifest.cache(max_batch, self.num_pages)
+        self.provider = provider
+        self._session = ort_library.session(self._path, ort_library.providers(provider), threads)
+        tensor = DeviceTensor if provider == "cuda" else HostTensor
+        self._cache: dict[str, HostTensor | DeviceTensor] = {
+            name: tensor(spec) for name, spec in self.manifest.cache(max_batch, self.num_pages)
         }
         self._check_interface()
         self._bindings: dict[int, ort.IOBinding] = {}
-        self._logits = np.empty(0, _NUMPY_TYPE[self.manifest.logits_dtype])
+        self._logits = np.empty(0, NUMPY_TYPE[self.manifest.logits_dtype])
 
     def cache_nbytes(self) -> dict[str, int]:
         """Bytes of the cache buffers by kind of tensor."""
@@ -71,8 +69,28 @@ class OrtSession(Session):
         return total
 
     def cache_buffers(self, layer: int, role: str) -> list[NDArray[Any]]:
-        """The live buffers of one layer and role (``key`` or ``value``), in the order of format.cache_tensors."""
-        return [buffer for name, buffer in self._cache.items() if name.startswith(f"{layer}.{role}.")]
+        """The live buffers of one layer and role (``key`` or ``value``), in the order of format.cache_tensors.
+
+        Raises:
+            HqmqError: the cache is not in host memory.
+        """
+        buffers = []
+        for name, tensor in self._cache.items():
+            if isinstance(tensor, DeviceTensor):
+                raise HqmqError("the cache lies on the GPU: use cache_arrays, which copies it")
+            if name.startswith(f"{layer}.{role}."):
+                buffers.append(tensor.array)
+        return buffers
+
+    def _read_cache(self, name: str, sequence: int, rows: int) -> NDArray[Any]:
+        return self._cache[name].read(sequence, rows)
+
+    def _write_cache(self, name: str, sequence: int, values: NDArray[Any]) -> None:
+        self._cache[name].write(sequence, values)
+
+    def model_sha256(self) -> str:
+        """As Session.model_sha256."""
+        return model_digest(self.manifest.files)
 
     def _check_interface(self) -> None:
         steps = {"input_ids", "past_length", "new_length", "logits_index"}
@@ -95,7 +113,7 @@ class OrtSession(Session):
         binding.bind_cpu_input("past_length", self.lengths[:batch].copy())
         binding.bind_cpu_input("new_length", new_length)
         binding.bind_cpu_input("logits_index", logits_index)
-        logits_type = _ONNX_TYPE[self.manifest.logits_dtype]
+        logits_type = ONNX_TYPE[self.manifest.logits_dtype]
         binding.bind_output("logits", "cpu", 0, logits_type, shape, self._logits.ctypes.data)
         try:
             self._session.run_with_iobinding(binding)
@@ -108,7 +126,7 @@ class OrtSession(Session):
         if batch not in self._bindings:
             binding = self._session.io_binding()
             for name, spec in self.manifest.cache(batch, self.num_pages):
-                place = ("cpu", 0, _ONNX_TYPE[spec.dtype], spec.shape, self._cache[name].ctypes.data)
+                place = self._cache[name].place(spec)
                 binding.bind_input(f"past.{name}", *place)
                 binding.bind_output(f"present.{name}", *place)
             binding.bind_output("present_length", "cpu")
@@ -119,15 +137,7 @@ class OrtSession(Session):
         """Address of each cache tensor's buffer and of the output ONNX Runtime wrote in the last run, by name."""
         written = self._bindings[max(self._bindings)].get_outputs()  # in the order in which they were bound
         pairs = zip(self._cache.items(), written[: len(self._cache)], strict=True)
-        return {name: (buffer.ctypes.data, output.data_ptr()) for (name, buffer), output in pairs}
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Zeros at an aligned address; the kernel hands out memory only where the cache is written."""
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+        return {name: (buffer.pointer, output.data_ptr()) for (name, buffer), output in pairs}
 
 
 def _float32(logits: NDArray[Any]) -> Logits:

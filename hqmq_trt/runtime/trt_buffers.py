@@ -1,0 +1,131 @@
+"""Device memory of a TrtSession: one arena for the cache, and blocks for a run's inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hqmq_trt.format import CacheTensor
+from hqmq_trt.runtime.cuda_driver import Device
+
+ALIGNMENT = 256  # what TensorRT asks of every address
+NUMPY_TYPE: dict[str, np.dtype[Any]] = {"int32": np.dtype(np.int32), "float16": np.dtype(np.float16)}
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes rounded up to ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class CacheArena:
+    """Every tensor of the cache in one zeroed allocation.
+
+    Attributes:
+        address: device address by tensor name (``0.key.codes``).
+        specs: shape and dtype by tensor name.
+        nbytes: bytes allocated.
+    """
+
+    def __init__(self, device: Device, stream: Any, tensors: Iterable[tuple[str, CacheTensor]]) -> None:
+        self.specs = dict(tensors)
+        self.nbytes = sum(aligned(spec.nbytes) for spec in self.specs.values())
+        self._device, self._stream = device, stream
+        self._memory = device.allocate(self.nbytes, "the cache")
+        self.address: dict[str, int] = {}
+        place = int(self._memory)
+        for name, spec in self.specs.items():
+            self.address[name] = place
+            place += aligned(spec.nbytes)
+        with device:
+            device.driver.memset_d8_async(int(self._memory), 0, self.nbytes, stream)
+            stream.synchronize()
+
+    def read(self, name: str, sequence: int, rows: int) -> NDArray[Any]:
+        """Host copy [H, rows, …] of the first rows (dim 2) of one sequence."""
+        spec = self.specs[name]
+        out = np.empty((spec.shape[1], rows, *spec.shape[3:]), NUMPY_TYPE[spec.dtype])
+        self._copy(name, sequence, out, to_host=True)
+        return out
+
+    def write(self, name: str, sequence: int, values: NDArray[Any]) -> None:
+        """Overwrite the first rows (dim 2) of one sequence with values [H, rows, …]."""
+        self._copy(name, sequence, np.ascontiguousarray(values), to_host=False)
+
+    def whole(self, name: str) -> NDArray[Any]:
+        """Host copy of a tensor."""
+        spec = self.specs[name]
+        out = np.empty(spec.shape, NUMPY_TYPE[spec.dtype])
+        with self._device:
+            self._stream.synchronize()
+            self._device.driver.memcpy_dtoh(out, self.address[name])
+        return out
+
+    def free(self) -> None:
+        """Give the memory back; a second call does nothing."""
+        if self._memory is not None:
+            self._memory.free()
+            self._memory = None
+
+    def _copy(self, name: str, sequence: int, host: NDArray[Any], to_host: bool) -> None:
+        spec = self.specs[name]
+        if not host.size:
+            return
+        pitch = spec.nbytes // (spec.shape[0] * spec.shape[1])  # bytes of a head
+        place = self.address[name] + sequence * spec.shape[1] * pitch
+        with self._device:
+            self._stream.synchronize()
+            copy = self._device.driver.Memcpy2D()
+            if to_host:
+                copy.set_src_device(place)
+                copy.set_dst_host(host)
+                copy.src_pitch, copy.dst_pitch = pitch, host.nbytes // host.shape[0]
+            else:
+                copy.set_src_host(host)
+                copy.set_dst_device(place)
+                copy.src_pitch, copy.dst_pitch = host.nbytes // host.shape[0], pitch
+            copy.width_in_bytes, copy.height = host.nbytes // host.shape[0], host.shape[0]
+            copy(False)
+            self._device.driver.Context.synchronize()
+
+
+class StepInputs:
+    """Inputs of a run, on the device and mirrored in pinned memory, uploaded in one copy.
+
+    The block holds input_ids int64 [B, T], past_length and new_length int32 [B], logits_index int64 [B, N] for up to
+    `max_batch`, `max_tokens` and `max_rows`; smaller shapes use the front of each part.
+    """
+
+    def __init__(self, device: Device, max_batch: int, max_tokens: int, max_rows: int) -> None:
+        parts: dict[str, tuple[np.dtype[Any], int]] = {
+            "input_ids": (np.dtype(np.int64), max_batch * max_tokens),
+            "past_length": (np.dtype(np.int32), max_batch),
+            "new_length": (np.dtype(np.int32), max_batch),
+            "logits_index": (np.dtype(np.int64), max_batch * max_rows),
+        }
+        offsets, self._nbytes = {}, 0
+        for name, (dtype, count) in parts.items():
+            offsets[name] = self._nbytes
+            self._nbytes += aligned(dtype.itemsize * count)
+        self._device = device
+        self._ids_bytes = offsets["past_length"]
+        self._host = device.pinned(self._nbytes)
+        self._memory = device.allocate(self._nbytes, "the inputs of a run")
+        self.address = {name: int(self._memory) + offset for name, offset in offsets.items()}
+        self.host: dict[str, NDArray[Any]] = {
+            name: self._host[offsets[name] : offsets[name] + dtype.itemsize * count].view(dtype)
+            for name, (dtype, count) in parts.items()
+        }
+
+    def upload(self, stream: Any, ids: bool = True) -> None:
+        """Copy the block to the device; without `ids`, all but input_ids. The device must be current."""
+        start = 0 if ids else self._ids_bytes
+        self._device.driver.memcpy_htod_async(int(self._memory) + start, self._host[start:], stream)
+
+    def free(self) -> None:
+        """Give the device memory back; a second call does nothing."""
+        if self._memory is not None:
+            self._memory.free()
+            self._memory = None

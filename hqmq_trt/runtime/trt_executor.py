@@ -1,0 +1,283 @@
+"""The GPU side of a TrtSession: engine, execution contexts, buffers and CUDA graphs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hqmq_trt.engine.manifest import DECODE_PROFILE, PREFILL_PROFILE, EngineManifest
+from hqmq_trt.errors import HqmqError
+from hqmq_trt.manifest import Manifest
+from hqmq_trt.runtime.cuda_driver import Device, Graph
+from hqmq_trt.runtime.trt_buffers import CacheArena, StepInputs
+from hqmq_trt.runtime.trt_engine import load_engine, take_errors, tensorrt
+
+STEP_INPUTS = ("input_ids", "past_length", "new_length", "logits_index")
+STEP_OUTPUTS = ("logits", "present_length")
+
+
+class TrtExecutor:
+    """Runs an engine on one stream. All contexts share one block of working memory, as runs never overlap.
+
+    TensorRT wants one context for each captured graph: decode has one for every batch size that occurs, made at
+    its first step; prefill has one, bound anew when the batch changes.
+
+    Attributes:
+        device, arena: where it runs, and the cache.
+        logits_dtype: of the engine's output; bfloat16 appears as uint16.
+        wait_seconds: time spent waiting for the GPU so far.
+
+    Raises:
+        HqmqError: see load_engine; too little device memory; an engine whose tensors are not the manifest's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limits: EngineManifest,
+        manifest: Manifest,
+        max_batch: int,
+        num_pages: int,
+        device: int,
+        cuda_graph: bool,
+        verify: bool,
+    ) -> None:
+        self._folder, self._vocab, self._cuda_graph = folder, manifest.vocab_size, cuda_graph
+        self.device = Device.get(device)
+        self._runtime, self._engine = load_engine(folder, limits, self.device, verify)
+        self._decode_contexts: dict[int, Any] = {}
+        self._graphs: dict[tuple[int, bool], Graph] = {}
+        self._memory: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+        self._prefill: Any = None
+        self._prefill_batch = 0
+        self.wait_seconds = 0.0
+        self.closed = False
+        try:
+            with self.device:
+                self.stream = self.device.stream()
+                self.arena = CacheArena(self.device, self.stream, manifest.cache(max_batch, num_pages))
+                self.logits_dtype = self._check_interface()
+                chunk = limits.prefill_chunk
+                self._decode_inputs = StepInputs(self.device, max_batch, 1, 1)
+                self._prefill_inputs = StepInputs(self.device, max_batch, chunk, chunk)
+                self._row_bytes = self._vocab * self.logits_dtype.itemsize
+                self._allocate("working memory", self._engine.device_memory_size_v2)
+                self._allocate("lengths", 4 * max_batch)
+                self._allocate("logits", max_batch * self._row_bytes)
+                self._pinned = self.device.pinned(max_batch * self._row_bytes).view(self.logits_dtype)
+                self._prefill = self._context(PREFILL_PROFILE)
+        except self.device.driver.Error as error:
+            self.close()
+            raise HqmqError(f"{folder}: {self.device.failure(error)}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def decode(
+        self, ids: NDArray[Any], past: NDArray[Any], new: NDArray[Any], to_host: bool
+    ) -> NDArray[Any] | tuple[int, tuple[int, ...]]:
+        """One token of each sequence: logits [B, 1, V] in pinned memory that the next run overwrites, or their
+        device address and shape. ids [B, 1], past and new [B]."""
+        batch = len(past)
+        host = self._inputs(self._decode_inputs)
+        host["input_ids"][:batch] = ids[:, 0]
+        host["past_length"][:batch] = past
+        host["new_length"][:batch] = new
+        key = (batch, to_host)
+        graph = self._graphs.get(key)
+        try:
+            with self.device:
+                if graph is not None:
+                    graph.launch()
+                    self._wait()
+                else:
+                    self._first_decode(key)
+        except self.device.driver.Error as error:
+            raise HqmqError(f"{self._folder}: {self.device.failure(error)}") from error
+        shape = (batch, 1, self._vocab)
+        if not to_host:
+            return int(self._memory["logits"]), shape
+        return self._pinned[: batch * self._vocab].reshape(shape)
+
+    def prefill(
+        self, ids: NDArray[Any], past: NDArray[Any], new: NDArray[Any], index: NDArray[Any], to_host: bool
+    ) -> NDArray[Any] | tuple[int, tuple[int, ...]]:
+        """Any number of tokens ids [B, T] up to the engine's chunk: logits of the rows index [B, N], as `decode`."""
+        inputs, (batch, count) = self._prefill_inputs, index.shape
+        host = self._inputs(inputs)
+        for name, values in zip(STEP_INPUTS, (ids, past, new, index), strict=True):
+            host[name][: values.size] = values.ravel()
+        shape = (batch, count, self._vocab)
+        nbytes = batch * count * self._row_bytes
+        where = "logits" if count == 1 else "logits of many rows"
+        try:
+            with self.device:
+                if self._sizes.get(where, 0) < nbytes:
+                    self._free(where)
+                    self._allocate(where, nbytes)
+                if self._prefill_batch != batch:
+                    self._prefill_batch = 0
+                    self._bind(self._prefill, inputs, batch)
+                    self._prefill_batch = batch
+                self._shapes(self._prefill, batch, ids.shape[1], count)
+                self._call(self._prefill.set_tensor_address("logits", int(self._memory[where])), "bind logits")
+                inputs.upload(self.stream)
+                self._call(self._prefill.execute_async_v3(self.stream.handle), "run the engine")
+                if not to_host:
+                    self._wait()
+                    return int(self._memory[where]), shape
+                if count == 1:
+                    out = self._pinned[: batch * self._vocab].reshape(shape)
+                else:
+                    out = np.empty(shape, self.logits_dtype)
+                self.device.driver.memcpy_dtoh_async(out, int(self._memory[where]), self.stream)
+                self._wait()
+                return out
+        except self.device.driver.Error as error:
+            raise HqmqError(f"{self._folder}: {self.device.failure(error)}") from error
+
+    def download(self, address: int, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+        """Host copy of contiguous device memory."""
+        out = np.empty(tuple(shape), dtype)
+        with self.device:
+            if out.size:
+                self.device.driver.memcpy_dtoh(out, address)
+        return out
+
+    def device_bytes(self) -> dict[str, int]:
+        """Device memory this session allocated itself, by use; TensorRT holds the weights besides."""
+        return {"cache": self.arena.nbytes, **self._sizes}
+
+    def addresses(self, batch: int) -> dict[str, tuple[int, int]]:
+        """Address bound to past.* and present.* of each cache tensor in the decode context of a batch size."""
+        context = self._decode_contexts[batch]
+        return {
+            name: (context.get_tensor_address(f"past.{name}"), context.get_tensor_address(f"present.{name}"))
+            for name in self.arena.address
+        }
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        with self.device:
+            for graph in self._graphs.values():
+                graph.close()
+            self._graphs.clear()
+            # Contexts before their engine, the engine before its runtime.
+            self._decode_contexts.clear()
+            self._prefill = None
+            self._engine = None
+            self._runtime = None
+            for part in ("arena", "_decode_inputs", "_prefill_inputs"):
+                if hasattr(self, part):
+                    getattr(self, part).free()
+            for name in list(self._memory):
+                self._free(name)
+            self._pinned = np.empty(0, np.uint8)
+            self.stream = None
+
+    def _inputs(self, inputs: StepInputs) -> dict[str, NDArray[Any]]:
+        if self.closed:
+            raise HqmqError(f"{self._folder}: the session is closed; open it again")
+        return inputs.host
+
+    def _first_decode(self, key: tuple[int, bool]) -> None:
+        batch, to_host = key
+        context = self._decode_contexts.get(batch)
+        if context is None:
+            context = self._context(DECODE_PROFILE)
+            self._bind(context, self._decode_inputs, batch)
+            self._shapes(context, batch, 1, 1)
+            self._call(context.set_tensor_address("logits", int(self._memory["logits"])), "bind logits")
+            self._decode_contexts[batch] = context
+        enqueue = partial(self._enqueue_decode, context, batch, to_host)
+        enqueue()  # TensorRT prepares itself in the first run after a change of shapes, which cannot be captured
+        self._wait()
+        if self._cuda_graph:
+            self._graphs[key] = Graph(self.device, self.stream, enqueue)
+
+    def _enqueue_decode(self, context: Any, batch: int, to_host: bool) -> None:
+        self._decode_inputs.upload(self.stream)
+        self._call(context.execute_async_v3(self.stream.handle), "run the engine")
+        if to_host:
+            rows = self._pinned[: batch * self._vocab]
+            self.device.driver.memcpy_dtoh_async(rows, int(self._memory["logits"]), self.stream)
+
+    def _wait(self) -> None:
+        start = time.perf_counter()
+        self.stream.synchronize()
+        self.wait_seconds += time.perf_counter() - start
+
+    def _context(self, profile: int) -> Any:
+        strategy = tensorrt().ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise HqmqError(f"{self._folder}: TensorRT cannot make an execution context ({take_errors()})")
+        self._call(context.set_optimization_profile_async(profile, self.stream.handle), "select a profile")
+        self.stream.synchronize()
+        context.set_device_memory(int(self._memory["working memory"]), self._sizes["working memory"])
+        return context
+
+    def _bind(self, context: Any, inputs: StepInputs, batch: int) -> None:
+        """Bind everything but the logits; the front of each cache tensor for sequences 0…batch-1."""
+        for name, address in self.arena.address.items():
+            shape = (batch, *self.arena.specs[name].shape[1:])
+            self._call(context.set_input_shape(f"past.{name}", shape), f"give past.{name} the shape {shape}")
+            for end in ("past", "present"):
+                self._call(context.set_tensor_address(f"{end}.{name}", address), f"bind {end}.{name}")
+        for name, address in inputs.address.items():
+            self._call(context.set_tensor_address(name, address), f"bind {name}")
+        self._call(context.set_tensor_address("present_length", int(self._memory["lengths"])), "bind present_length")
+
+    def _shapes(self, context: Any, batch: int, tokens: int, rows: int) -> None:
+        shapes = ((batch, tokens), (batch,), (batch,), (batch, rows))
+        for name, shape in zip(STEP_INPUTS, shapes, strict=True):
+            self._call(context.set_input_shape(name, shape), f"give {name} the shape {shape}")
+
+    def _call(self, done: bool, action: str) -> None:
+        if not done:
+            raise HqmqError(f"{self._folder}: TensorRT could not {action} ({take_errors()})")
+
+    def _allocate(self, what: str, nbytes: int) -> None:
+        nbytes = max(int(nbytes), 1)
+        self._memory[what] = self.device.allocate(nbytes, f"the {what}")
+        self._sizes[what] = nbytes
+
+    def _free(self, what: str) -> None:
+        self._sizes.pop(what, None)
+        if what in self._memory:
+            self._memory.pop(what).free()
+
+    def _check_interface(self) -> np.dtype[Any]:
+        """Compare the engine's tensors with the manifest's; the type of the logits."""
+        engine, trt = self._engine, tensorrt()
+        io_names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {name: engine.get_tensor_dtype(name) for name in io_names}
+        types = {"int32": trt.DataType.INT32, "float16": trt.DataType.HALF}
+        cache = self.arena.specs.items()
+        wanted = {f"{end}.{name}": types[spec.dtype] for name, spec in cache for end in ("past", "present")}
+        wanted |= {"input_ids": trt.DataType.INT64, "logits_index": trt.DataType.INT64}
+        wanted |= dict.fromkeys(("past_length", "new_length", "present_length"), trt.DataType.INT32)
+        logits: dict[Any, np.dtype[Any]] = {
+            trt.DataType.FLOAT: np.dtype(np.float32),
+            trt.DataType.HALF: np.dtype(np.float16),
+            trt.DataType.BF16: np.dtype(np.uint16),
+        }
+        kind = found.pop("logits", None)
+        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if odd or kind not in logits:
+            name = odd[0] if odd else "logits"
+            raise HqmqError(
+                f"{self._folder}: the engine's tensor '{name}' is missing, unknown or of another type than the "
+                "manifest says; build the engine again"
+            )
+        return logits[kind]

@@ -1,0 +1,408 @@
+"""A GPU, pycuda and TensorRT simulated on the host, so that TrtSession's own logic is tested without them.
+
+Device memory is host memory, an engine is the exported ONNX file in ONNX Runtime bound to raw addresses, and a graph
+is the list of operations recorded while a stream captured. What the real things forbid fails here too: calls without
+a current context, addresses that are not 256-byte aligned, shapes outside the profile, capture of a first run,
+memory beyond the device's. It says nothing about kernels or speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hqmq_trt import ort_library
+from hqmq_trt.engine.manifest import EngineManifest
+from hqmq_trt.manifest import Manifest, record_file
+
+ILLEGAL_ADDRESS = 700
+
+
+class Gpu:
+    """State of the simulated device; tests change `capacity`, `refuse_capture`, `broken` and read the rest."""
+
+    def __init__(self) -> None:
+        self.capacity = 1 << 30
+        self.live: dict[int, int] = {}
+        self.depth = self.pinned = self.graphs = self.launches = self.runs = 0
+        self.refuse_capture = self.broken = False
+        self.recorded: list[Callable[[], None]] | None = None
+        self.executables: dict[int, list[Callable[[], None]]] = {}
+
+    def need_context(self) -> None:
+        if not self.depth:
+            raise LogicError("invalid device context")
+        if self.broken:
+            raise LaunchError("an illegal memory access was encountered")
+
+    def do(self, operation: Callable[[], None]) -> None:
+        """Run an operation of a stream, or record it."""
+        self.need_context()
+        if self.recorded is None:
+            operation()
+        else:
+            self.recorded.append(operation)
+
+
+class Error(Exception):
+    """As pycuda.driver's exceptions."""
+
+
+class MemoryError_(Error):
+    pass
+
+
+class LogicError(Error):
+    pass
+
+
+class LaunchError(Error):
+    pass
+
+
+class Allocation:
+    def __init__(self, gpu: Gpu, nbytes: int) -> None:
+        gpu.need_context()
+        if sum(gpu.live.values()) + nbytes > gpu.capacity:
+            raise MemoryError_("cuMemAlloc failed: out of memory")
+        self._gpu = gpu
+        self._raw = np.full(nbytes + 256, 0xA5, np.uint8)  # device memory is not zeroed
+        self.address = self._raw.ctypes.data + (-self._raw.ctypes.data % 256)
+        gpu.live[self.address] = nbytes
+
+    def __int__(self) -> int:
+        return self.address
+
+    def free(self) -> None:
+        del self._gpu.live[self.address]
+        self._raw = np.empty(0, np.uint8)
+
+
+class Stream:
+    def __init__(self, gpu: Gpu, flags: int = 0) -> None:
+        gpu.need_context()
+        self._gpu, self.handle = gpu, 77
+
+    def synchronize(self) -> None:
+        self._gpu.need_context()
+        assert self._gpu.recorded is None, "synchronize while capturing"
+
+
+class Memcpy2D:
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.src_pitch = self.dst_pitch = self.width_in_bytes = self.height = 0
+        self._src = self._dst = 0
+
+    def set_src_device(self, address: int) -> None:
+        self._src = address
+
+    def set_dst_device(self, address: int) -> None:
+        self._dst = address
+
+    def set_src_host(self, array: Any) -> None:
+        self._src = array.ctypes.data
+
+    def set_dst_host(self, array: Any) -> None:
+        self._dst = array.ctypes.data
+
+    def __call__(self, aligned: bool) -> None:
+        self._gpu.need_context()
+        for row in range(self.height):
+            ctypes.memmove(self._dst + row * self.dst_pitch, self._src + row * self.src_pitch, self.width_in_bytes)
+
+
+def driver_module(gpu: Gpu) -> Any:
+    """What TrtSession uses of pycuda.driver."""
+
+    class Context:
+        def push(self) -> None:
+            gpu.depth += 1
+
+        @staticmethod
+        def pop() -> None:
+            gpu.depth -= 1
+
+        @staticmethod
+        def synchronize() -> None:
+            gpu.need_context()
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        @staticmethod
+        def count() -> int:
+            return 1
+
+        def name(self) -> str:
+            return "Simulated GPU"
+
+        def compute_capability(self) -> tuple[int, int]:
+            return 9, 0
+
+        def retain_primary_context(self) -> Context:
+            return Context()
+
+    def pagelocked_empty(shape: int, dtype: Any) -> Any:
+        gpu.need_context()
+        gpu.pinned += 1
+        return np.empty(shape, dtype)
+
+    def copy_in(target: int, source: Any) -> None:
+        ctypes.memmove(target, source.ctypes.data, source.nbytes)
+
+    def copy_out(target: Any, source: int) -> None:
+        ctypes.memmove(target.ctypes.data, source, target.nbytes)
+
+    def memcpy_dtoh(target: Any, source: int) -> None:
+        gpu.need_context()
+        copy_out(target, source)
+
+    module: Any = types.ModuleType("pycuda.driver")
+    module.Error, module.MemoryError, module.LogicError = Error, MemoryError_, LogicError
+    module.Context, module.Device = Context, Device
+    module.init = lambda: None
+    module.mem_get_info = lambda: (gpu.capacity - sum(gpu.live.values()), gpu.capacity)
+    module.mem_alloc = lambda nbytes: Allocation(gpu, nbytes)
+    module.Stream = lambda flags=0: Stream(gpu, flags)
+    module.Memcpy2D = lambda: Memcpy2D(gpu)
+    module.pagelocked_empty = pagelocked_empty
+    module.memset_d8_async = lambda p, value, n, stream: gpu.do(lambda: ctypes.memset(p, value, n) and None)
+    module.memcpy_htod_async = lambda p, array, stream: gpu.do(lambda: copy_in(p, array))
+    module.memcpy_dtoh_async = lambda array, p, stream: gpu.do(lambda: copy_out(array, p))
+    module.memcpy_dtoh = memcpy_dtoh
+    return module
+
+
+class Libcuda:
+    """The graph functions of libcuda; names as there."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
+    def cuGetErrorName(self, code: int, out: Any) -> int:
+        out._obj.value = {901: b"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}.get(code)
+        return 0
+
+    def cuGetErrorString(self, code: int, out: Any) -> int:
+        out._obj.value = b"simulated"
+        return 0
+
+    def cuCtxSynchronize(self) -> int:
+        return ILLEGAL_ADDRESS if self._gpu.broken else 0
+
+    def cuStreamSynchronize(self, stream: int) -> int:
+        return self.cuCtxSynchronize()
+
+    def cuStreamBeginCapture_v2(self, stream: int, mode: int) -> int:
+        assert self._gpu.depth
+        assert mode == 1
+        assert self._gpu.recorded is None
+        self._gpu.recorded = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: int, graph: Any) -> int:
+        recorded, self._gpu.recorded = self._gpu.recorded, None
+        assert recorded is not None
+        if self._gpu.refuse_capture:
+            return 901
+        key = 1 + max(self._gpu.executables, default=0)
+        self._gpu.executables[key] = recorded
+        graph._obj.value = key
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: int) -> int:
+        executable._obj.value = graph.value
+        self._gpu.graphs += 1
+        return 0
+
+    def cuGraphLaunch(self, executable: Any, stream: int) -> int:
+        self._gpu.launches += 1
+        for operation in self._gpu.executables[executable.value]:
+            operation()
+        return 0
+
+    def cuGraphExecDestroy(self, executable: Any) -> int:
+        del self._gpu.executables[executable.value]
+        self._gpu.graphs -= 1
+        return 0
+
+    def cuGraphDestroy(self, graph: Any) -> int:
+        return 0
+
+
+class DataType(enum.Enum):
+    FLOAT = "tensor(float)"
+    HALF = "tensor(float16)"
+    BF16 = "tensor(bfloat16)"
+    INT32 = "tensor(int32)"
+    INT64 = "tensor(int64)"
+
+
+_ONNX_TYPE = {DataType.FLOAT: 1, DataType.HALF: 10, DataType.BF16: 16, DataType.INT32: 6, DataType.INT64: 7}
+
+
+class Engine:
+    def __init__(self, gpu: Gpu, plan: dict[str, Any]) -> None:
+        self.gpu, self.limits = gpu, plan
+        self.session = ort_library.session(Path(plan["model"]))
+        self.types = {v.name: DataType(v.type) for v in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.num_io_tensors = len(self.types)
+        self.device_memory_size_v2 = 4096
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.types)[index]
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return self.types[name]
+
+    def create_execution_context(self, strategy: str) -> ExecutionContext:
+        assert strategy == "user managed"
+        self.gpu.need_context()
+        return ExecutionContext(self)
+
+
+class ExecutionContext:
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._profile, self._memory = engine, 0, 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._prepared = False
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self._profile = profile
+        return True
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        self._memory = memory
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        limits = self._engine.limits
+        tokens = 1 if self._profile == 0 else limits["prefill_chunk"]
+        wide = name in ("input_ids", "logits_index")
+        if not 1 <= shape[0] <= limits["max_batch"] or (wide and not 1 <= shape[1] <= tokens):
+            return False
+        if self._shapes.get(name) != shape:
+            self._prepared = False
+        self._shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return address % 256 == 0 and address != 0
+
+    def get_tensor_address(self, name: str) -> int:
+        return self._addresses[name]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        engine = self._engine
+        assert self._memory
+        if engine.gpu.recorded is not None and not self._prepared:
+            return False
+        shapes, addresses = dict(self._shapes), dict(self._addresses)
+        engine.gpu.do(lambda: self._execute(shapes, addresses))
+        self._prepared = True
+        return True
+
+    def _execute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        engine = self._engine
+        engine.gpu.runs += 1
+        binding = engine.session.io_binding()
+        outputs = {f"present.{n[5:]}": shape for n, shape in shapes.items() if n.startswith("past.")}
+        outputs["present_length"] = shapes["past_length"]
+        outputs["logits"] = (*shapes["logits_index"], engine.limits["vocab_size"])
+        for name, shape in shapes.items():
+            binding.bind_input(name, "cpu", 0, _ONNX_TYPE[engine.types[name]], shape, addresses[name])
+        for name, shape in outputs.items():
+            binding.bind_output(name, "cpu", 0, _ONNX_TYPE[engine.types[name]], shape, addresses[name])
+        engine.session.run_with_iobinding(binding)
+
+
+def tensorrt_module(gpu: Gpu) -> Any:
+    """What TrtSession uses of tensorrt."""
+
+    class ILogger:
+        class Severity(enum.Enum):
+            INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class Runtime:
+        def __init__(self, log: Any) -> None:
+            self._log = log
+
+        def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
+            try:
+                return Engine(gpu, json.loads(bytes(plan)))
+            except ValueError:
+                self._log.log(ILogger.Severity.ERROR, "Serialization assertion magicTagRead == kMAGIC_TAG failed")
+                return None
+
+    module: Any = types.ModuleType("tensorrt")
+    module.__version__ = "10.6.0"
+    module.ILogger, module.Runtime, module.DataType = ILogger, Runtime, DataType
+    module.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user managed")
+    return module
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    """Put the simulation in the place of pycuda, libcuda, TensorRT and the plugin library."""
+    from hqmq_trt.engine import plugin_library
+    from hqmq_trt.runtime import cuda_driver, trt_engine
+
+    gpu = Gpu()
+    package: Any = types.ModuleType("pycuda")
+    package.driver = driver_module(gpu)
+    monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", package.driver)
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(gpu))
+    library = Libcuda(gpu)
+    monkeypatch.setattr(cuda_driver, "libcuda", lambda: library)
+    monkeypatch.setattr(cuda_driver.Device, "_opened", {})
+    monkeypatch.setattr(plugin_library, "load_plugin_library", lambda log: Path())
+    trt_engine.trt_log.cache_clear()
+    monkeypatch.callback = trt_engine.trt_log.cache_clear  # type: ignore[attr-defined]
+    return gpu
+
+
+def make_engine(export: Path, folder: Path, max_batch: int, max_context: int, prefill_chunk: int) -> Path:
+    """An engine folder for the simulation."""
+    manifest = Manifest.load(export)
+    folder.mkdir()
+    plan = {
+        "model": str(export / manifest.model_file),
+        "max_batch": max_batch,
+        "prefill_chunk": prefill_chunk,
+        "vocab_size": manifest.vocab_size,
+    }
+    (folder / "engine.plan").write_text(json.dumps(plan))
+    for name in manifest.tokenizer_files:
+        (folder / name).write_bytes((export / name).read_bytes())
+    record = record_file(folder, "engine.plan", "engine")
+    kept = [file for file in manifest.files if file.purpose == "tokenizer"]
+    manifest.model_copy(update={"files": [record, *kept]}).save(folder)
+    EngineManifest(
+        hqmq_trt_version="0",
+        tensorrt_version="10.6.0",
+        gpu_name="Simulated GPU",
+        compute_capability="9.0",
+        max_batch=max_batch,
+        max_context=max_context,
+        prefill_chunk=prefill_chunk,
+        page_size=manifest.page_size,
+        build_seconds=0.0,
+        device_memory_bytes=[4096, 4096],
+        plan_size=record.size,
+        plan_sha256=record.sha256,
+        source_model=[file for file in manifest.files if file.purpose in ("model", "weights")],
+    ).save(folder)
+    return folder
