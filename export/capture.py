@@ -160,10 +160,11 @@ class _GraphStep(Step):
             score = torch.tanh(score / parameters.softcap) * parameters.softcap
         # A finite bound instead of -inf: a padding row may see no key at all.
         score = torch.where(self._seen(parameters.window, capacity), score.float(), -3.0e38)
-        if parameters.sinks is not None:
+        if parameters.sinks is None:
+            weight = score.softmax(3).to(q.dtype)
+        else:
             sinks = parameters.sinks.float().reshape(1, -1, 1, 1).expand(batch, -1, rows, 1)
-            score = torch.cat([score, sinks], 3)
-        weight = score.softmax(3)[..., :capacity].to(q.dtype)
+            weight = torch.cat([score, sinks], 3).softmax(3)[..., :capacity].to(q.dtype)
         y = weight.reshape(batch, kv_heads, heads // kv_heads * rows, capacity) @ values
         return y.reshape(batch, heads, rows, head_dim) * self._valid[:, None, :, None].to(q.dtype)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +12,8 @@ import onnx_ir as ir
 
 from hqmq_trt import __version__, codebooks
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.manifest import KIND, MANIFEST_FILE, CodebookDigest, Layer, Manifest, ModelFile, record_file
+from hqmq_trt.manifest import CodebookDigest, Layer, Manifest, ModelFile, record_file
+from hqmq_trt.output_folder import check_output, new_folder
 from hqmq_trt.scheme import ROLES, Scheme
 
 from .graph import OPSET, build
@@ -46,6 +44,7 @@ def export_model(
     dtype: str | None = None,
     gguf_file: str | None = None,
     fold: bool = True,
+    bodies: bool = True,
     seed: int = 0,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -61,6 +60,8 @@ def export_model(
         dtype: ``float32``, ``float16``, ``bfloat16``; None: as the checkpoint has it, float32 for GGUF.
         gguf_file: name of a GGUF file if `model` is a folder.
         fold: move the Hadamard rotation of V into the weights where the architecture allows it.
+        bodies: put ONNX function bodies of HqmqQuantize and HqmqDequantize into a ``qdq`` file, so that any ONNX
+            Runtime runs it. TensorRT's parser before 10.13 takes those for the plugins; build_engine drops them itself.
         tokenizer: saved with the model; by default the one found beside it.
         overwrite: replace `output` if it is an earlier export.
         progress: see Progress.
@@ -72,7 +73,7 @@ def export_model(
     chosen = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme, seed)
     if mode not in MODES:
         raise HqmqError(f"unknown mode '{mode}': use {' or '.join(MODES)}")
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     report = progress or (lambda stage, share: None)
     report("load", 0.0)
     source = load(model, dtype, gguf_file)
@@ -84,47 +85,14 @@ def export_model(
         layers = find_layers(source.model, chosen)
         if fold and chosen.value.hadamard:
             layers = [replace(layer, rotate_value=not layer.foldable) for layer in layers]
-        graph = build(source.model, chosen, mode, layers)
+        graph = build(source.model, chosen, mode, layers, bodies)
         report("capture", 1.0)
-        with _folder(output) as folder:
+        with new_folder(output) as folder:
             files = _write(graph, source, folder, report)
             manifest = _manifest(source, chosen, mode, layers, files, graph)
             manifest.verify_codebooks(folder / MODEL_FILE)
             manifest.save(folder)
     return manifest
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if not output.exists() and not output.is_symlink():
-        return
-    if not output.is_dir() or output.is_symlink():
-        raise HqmqError(f"{output}: exists and is not a folder; choose another output")
-    if not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise HqmqError(f"{output}: is not empty; choose another output or pass --overwrite")
-    try:
-        ours = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise HqmqError(f"{output}: is not an export of hqmq-trt, so it is not overwritten; remove it yourself")
-
-
-@contextmanager
-def _folder(output: Path) -> Iterator[Path]:
-    """A temporary sibling of `output` that takes its place when the block ends without an error."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        made = work / "new"
-        made.mkdir()
-        yield made
-        if output.exists():
-            output.rename(work / "old")
-        made.rename(output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
-import onnxscript.rewriter.onnx_fusions
 import torch
 from onnx_ir.passes import common
 
@@ -23,6 +22,7 @@ from hqmq_trt.scheme import ROLES, Scheme
 from . import functions, weights
 from .capture import CaptureModule
 from .layers import AttentionLayer
+from .simplify import simplify
 from .translate import TABLE
 
 OPSET = 23
@@ -49,8 +49,10 @@ def _specs(scheme: Scheme, layer: AttentionLayer) -> Iterator[tuple[str, CacheTe
             yield role, spec
 
 
-def build(model: Any, scheme: Scheme, mode: str, layers: Sequence[AttentionLayer]) -> ir.Model:
+def build(model: Any, scheme: Scheme, mode: str, layers: Sequence[AttentionLayer], bodies: bool = True) -> ir.Model:
     """The ONNX model of a language model whose attention implementation is the exporter's.
+
+    `bodies`: give HqmqQuantize and HqmqDequantize function bodies.
 
     Raises:
         HqmqError: torch.onnx cannot capture the model.
@@ -69,7 +71,8 @@ def build(model: Any, scheme: Scheme, mode: str, layers: Sequence[AttentionLayer
     _rename(result.graph.outputs, ["logits", "present_length", *(f"present.{name}" for name in names)])
     _attach_codebooks(result, scheme, layers)
     _name_nodes(result.graph)
-    functions.attach(result)
+    if bodies:
+        functions.attach(result)
     result.ir_version = max(IR_VERSION, result.ir_version or 0)
     result.opset_imports[contract.DOMAIN] = contract.OPSET_VERSION
     result.producer_name, result.producer_version = "hqmq-trt", None
@@ -80,11 +83,12 @@ def build(model: Any, scheme: Scheme, mode: str, layers: Sequence[AttentionLayer
 
 
 def _optimise(model: ir.Model) -> None:
-    """onnxscript's optimiser with the fusions of opset 23 (norms, rotary embedding) but without its general rewrite
-    rules, which take a third of an export and save no time in a decoder."""
+    """onnxscript's optimiser without its general rewrite rules, which take a third of an export and save no time in a
+    decoder, and without its fusions to opset 23 (RMSNormalization, RotaryEmbedding): TensorRT knows those from 10.15
+    only, and ONNX Runtime is no faster with them."""
     common.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
-    onnxscript.rewriter.onnx_fusions.fuse(model)
+    simplify(model)
     for _ in range(2):
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
         common.RemoveUnusedNodesPass()(model)

@@ -1,7 +1,7 @@
-"""manifest.json: what an exported folder holds and which library may run it.
+"""manifest.json: what an exported folder or an engine folder holds and which library may run it.
 
 The exporter writes it last; every runtime reads it first and refuses what it does not understand. docs/export.md
-lists the fields.
+lists the fields. An engine folder has the manifest of its model, with the engine's plan in the place of the ONNX file.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MANIFEST_FILE = "manifest.json"
 KIND = "hqmq_trt"
 
 Count = Annotated[int, Field(gt=0)]
+Purpose = Literal["model", "weights", "tokenizer", "engine"]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -74,7 +75,7 @@ class ModelFile(_Record):
     """One file of the folder: POSIX path relative to it, bytes, sha256, and what it is for."""
 
     name: str
-    purpose: Literal["model", "weights", "tokenizer"]
+    purpose: Purpose
     size: Annotated[int, Field(ge=0)]
     sha256: Digest
 
@@ -94,7 +95,8 @@ class Manifest(_Record):
         vocab_size, hidden_size, max_position: of the model; max_position is the longest context it knows.
         bos_token_id, eos_token_ids, pad_token_id: of the generation config.
         layers: attention layers in the order of their caches.
-        files: every file of the folder but manifest.json itself.
+        files: every file of the folder but manifest.json itself (and engine.json, which describes the engine). Exactly
+            one has the purpose ``model`` (an exported folder) or ``engine`` (an engine folder).
     """
 
     kind: Literal["hqmq_trt"] = "hqmq_trt"
@@ -135,8 +137,8 @@ class Manifest(_Record):
         for index, layer in enumerate(self.layers):
             if set(layer.codebooks) != packed:
                 raise ValueError(f"layer {index} has codebooks of {sorted(layer.codebooks)}, not {sorted(packed)}")
-        if [file.purpose for file in self.files].count("model") != 1:
-            raise ValueError("exactly one file must have the purpose 'model'")
+        if sum(file.purpose in ("model", "engine") for file in self.files) != 1:
+            raise ValueError("exactly one file must have the purpose 'model' or 'engine'")
         if len({file.name for file in self.files}) != len(self.files):
             raise ValueError("a file is listed twice")
         return self
@@ -147,8 +149,19 @@ class Manifest(_Record):
         return Scheme.parse(self.scheme, self.seed)
 
     @property
+    def engine_file(self) -> str | None:
+        """Name of the TensorRT plan; None for an exported folder."""
+        return next((file.name for file in self.files if file.purpose == "engine"), None)
+
+    @property
     def model_file(self) -> str:
-        """Name of the ONNX file."""
+        """Name of the ONNX file.
+
+        Raises:
+            HqmqError: this is the manifest of an engine folder, which has none.
+        """
+        if self.engine_file is not None:
+            raise HqmqError(f"this is the folder of a TensorRT engine ({self.engine_file}), not of an ONNX model")
         return next(file.name for file in self.files if file.purpose == "model")
 
     @property
@@ -232,13 +245,14 @@ def codebook_name(layer: int, role: str, part: str) -> str:
     return f"codebook.{layer}.{role}.{part}"
 
 
-def record_file(folder: Path, name: str, purpose: Literal["model", "weights", "tokenizer"]) -> ModelFile:
+def record_file(folder: Path, name: str, purpose: Purpose) -> ModelFile:
     """Size and sha256 of ``folder/name``."""
     path = folder / name
-    return ModelFile(name=name, purpose=purpose, size=path.stat().st_size, sha256=_sha256(path))
+    return ModelFile(name=name, purpose=purpose, size=path.stat().st_size, sha256=file_digest(path))
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -281,11 +295,10 @@ def _check_file(folder: Path, file: ModelFile, hashes: bool) -> None:
     inside = not name.is_absolute() and ".." not in name.parts and name.parts and "\\" not in file.name
     if not inside or not path.resolve().is_relative_to(folder.resolve()):
         raise HqmqError(f"{folder / MANIFEST_FILE}: file '{file.name}' lies outside the folder; do not trust it")
+    mend = "build the engine again" if file.purpose == "engine" else "export the model again"
     if not path.is_file():
-        raise HqmqError(f"{path}: is missing though {MANIFEST_FILE} lists it; export the model again")
+        raise HqmqError(f"{path}: is missing though {MANIFEST_FILE} lists it; {mend}")
     if path.stat().st_size != file.size:
-        raise HqmqError(
-            f"{path}: has {path.stat().st_size} bytes, {MANIFEST_FILE} says {file.size}; export the model again"
-        )
-    if hashes and _sha256(path) != file.sha256:
-        raise HqmqError(f"{path}: sha256 differs from {MANIFEST_FILE}; export the model again")
+        raise HqmqError(f"{path}: has {path.stat().st_size} bytes, {MANIFEST_FILE} says {file.size}; {mend}")
+    if hashes and file_digest(path) != file.sha256:
+        raise HqmqError(f"{path}: sha256 differs from {MANIFEST_FILE}; {mend}")

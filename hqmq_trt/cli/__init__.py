@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from hqmq_trt.cli.build import build
 from hqmq_trt.cli.diff import diff
 from hqmq_trt.cli.export import export
 from hqmq_trt.cli.inspect import inspect
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (export, run, diff, inspect, memory):
+for _command in (export, build, run, diff, inspect, memory):
     app.command()(_command)
 
 

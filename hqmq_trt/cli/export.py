@@ -44,6 +44,12 @@ def export(
     dtype: Annotated[DType | None, typer.Option(help="Of weights and activations [default: the model's].")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the model's folder.")] = None,
     fold: Annotated[bool, typer.Option("--fold/--no-fold", help="Fold V's rotation into the weights.")] = True,
+    bodies: Annotated[
+        bool,
+        typer.Option(
+            "--bodies/--no-bodies", help="ONNX function bodies in a qdq file; other TensorRT tools want none."
+        ),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -68,6 +74,7 @@ def export(
             dtype=dtype.value if dtype else None,
             gguf_file=gguf_file,
             fold=fold,
+            bodies=bodies,
             overwrite=overwrite,
             progress=progress,
         )
