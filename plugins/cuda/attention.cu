@@ -1,4 +1,6 @@
 // HqmqAttention on the GPU: how rows are cut, which kernel runs, and the combination of parts.
+#include <algorithm>
+
 #include "attention_kernel.cuh"
 
 namespace hqmq {
@@ -9,6 +11,7 @@ namespace {
 // more than this; both ways give the same bits.
 constexpr int64_t kFewBlocks = 1024;
 constexpr size_t kMostStateBytes = size_t{256} << 20;
+constexpr int kMostParts = 65535;
 
 // One row of y by one warp: joins the states of its parts in order.
 __global__ void __launch_bounds__(kAttentionThreads)
@@ -113,10 +116,27 @@ void CutRows(AttentionJob* job, int block_rows) {
 
 size_t AttentionStates(const AttentionJob& job) {
   const int64_t lanes = static_cast<int64_t>(job.call.batch) * job.call.heads;
-  if (lanes * job.head_blocks * job.row_blocks >= kFewBlocks || job.parts > 65535) return 0;
+  if (lanes * job.head_blocks * job.row_blocks >= kFewBlocks || job.parts > kMostParts) return 0;
   const size_t bytes =
       sizeof(float) * lanes * job.group * job.call.tokens * job.parts * (job.key.role.head_dim + 2);
   return bytes <= kMostStateBytes ? bytes : 0;
+}
+
+size_t MostAttentionStates(const AttentionJob& job) {
+  size_t most = 0;
+  AttentionJob part = job;
+  for (int tokens = 1; tokens <= job.call.tokens && most < kMostStateBytes; ++tokens) {
+    part.call.tokens = tokens;
+    CutRows(&part, BlockRows(static_cast<int64_t>(job.group) * tokens, job.key.role.head_dim));
+    // The largest batch with few enough blocks; fewer sequences with more pages reach the cap.
+    const int64_t blocks =
+        static_cast<int64_t>(job.call.heads) * part.head_blocks * part.row_blocks;
+    const int64_t batch = std::min<int64_t>(job.call.batch, (kFewBlocks - 1) / blocks);
+    const size_t bytes = sizeof(float) * batch * job.call.heads * job.group * tokens *
+                         std::min(part.parts, kMostParts) * (job.key.role.head_dim + 2);
+    most = std::max(most, std::min(bytes, kMostStateBytes));
+  }
+  return most;
 }
 
 Status Attend(const AttentionJob& job, int block_rows, cudaStream_t stream) {

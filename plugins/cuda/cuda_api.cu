@@ -280,6 +280,20 @@ int hqmq_cuda_attention_workspace(const hqmq_attention_params* params, const hqm
   });
 }
 
+int hqmq_cuda_attention_workspace_limit(const hqmq_attention_params* params,
+                                        const hqmq_role_params* key, const hqmq_role_params* value,
+                                        size_t* bytes) {
+  return Guard([&]() -> Status {
+    if (!params || !key || !value || !bytes)
+      return Invalid("params, key, value or bytes is missing");
+    AttentionPlan plan;
+    if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
+    if (plan.block_rows) plan.states = AlignedBytes(MostAttentionStates(plan.job));
+    *bytes = plan.bytes();
+    return {};
+  });
+}
+
 int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                         const hqmq_attention_role* key, const hqmq_attention_role* value,
                         const int32_t* past_length, const int32_t* new_length, const float* sinks,

@@ -66,6 +66,14 @@ __device__ __forceinline__ void LoadOutlierMask(const int32_t* page_mask, int fi
   }
 }
 
+// A code with its index at most `last`. Caches come from files and, while TensorRT builds, may hold
+// anything: reads stay within the codebook.
+__device__ __forceinline__ uint32_t WithinCodebook(const Layout& layout, uint32_t code,
+                                                   uint32_t last) {
+  const uint32_t mask = (1u << layout.index_bits) - 1;
+  return (code & ~mask) | min(code & mask, last);
+}
+
 // Coded tokens first…first+count-1 of one page of head h → tile [count, stride]: page mean added,
 // still rotated. `page`: index over [B, H, M]. All threads of the block call it; synchronise before
 // reading the tile. kExact: the bits of HqmqDequantize.
@@ -105,10 +113,13 @@ __device__ __forceinline__ void DecodeTile(const RoleView& view, int64_t page, i
     if (outliers && (scratch->mask[i >> 5] >> (i & 31) & 1)) {
       const uint32_t below = scratch->mask[i >> 5] & ((1u << (i & 31)) - 1);
       const int slot = scratch->before[i >> 5] + __popc(below);
-      const uint16_t* value = view.cache.outlier_value + (page * role.outlier_capacity + slot) * 4;
+      const uint16_t* value =
+          view.cache.outlier_value +
+          (page * role.outlier_capacity + min(slot, role.outlier_capacity - 1)) * 4;
       for (int k = 0; k < 4; ++k) out[k] = FloatFromHalf(value[k]);
     } else {
-      const uint32_t code = UnpackCode(layout, c, words + t * layout.words);
+      const uint32_t code = WithinCodebook(layout, UnpackCode(layout, c, words + t * layout.words),
+                                           12u * role.secondaries - 1);
       const float scale = FloatFromHalf(scales[t]);
       if (kExact) {
         DecodeChunk(layout, code, scale, secondaries, view.levels, out);

@@ -56,6 +56,12 @@ HQMQ_API int hqmq_cuda_attention_workspace(const hqmq_attention_params* params,
                                            const hqmq_role_params* key,
                                            const hqmq_role_params* value, size_t* bytes);
 
+/* Bytes that are enough for every batch, number of tokens and of pages up to those of params. Fewer
+ * of them may need more: what leaves the GPU idle is cut into more parts. */
+HQMQ_API int hqmq_cuda_attention_workspace_limit(const hqmq_attention_params* params,
+                                                 const hqmq_role_params* key,
+                                                 const hqmq_role_params* value, size_t* bytes);
+
 /* HqmqAttention in place (hqmq_attention). sinks: float [H*group] or null; status may be null. */
 HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                                  const hqmq_attention_role* key, const hqmq_attention_role* value,

@@ -49,6 +49,8 @@ struct AttentionJob {
 int BlockRows(int64_t rows, int head_dim);
 void CutRows(AttentionJob* job, int block_rows);
 size_t AttentionStates(const AttentionJob& job);  // bytes, 0: none wanted
+// At least AttentionStates of any batch, tokens and pages up to those of `job`.
+size_t MostAttentionStates(const AttentionJob& job);
 Status Attend(const AttentionJob& job, int block_rows, cudaStream_t stream);
 
 }  // namespace cuda
