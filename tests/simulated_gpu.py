@@ -158,6 +158,9 @@ def driver_module(gpu: Gpu) -> Any:
         gpu.pinned += 1
         return np.empty(shape, dtype)
 
+    def fill(target: int, value: int, count: int) -> None:
+        ctypes.memset(target, value, count)
+
     def copy_in(target: int, source: Any) -> None:
         ctypes.memmove(target, source.ctypes.data, source.nbytes)
 
@@ -177,7 +180,7 @@ def driver_module(gpu: Gpu) -> Any:
     module.Stream = lambda flags=0: Stream(gpu, flags)
     module.Memcpy2D = lambda: Memcpy2D(gpu)
     module.pagelocked_empty = pagelocked_empty
-    module.memset_d8_async = lambda p, value, n, stream: gpu.do(lambda: ctypes.memset(p, value, n) and None)
+    module.memset_d8_async = lambda p, value, n, stream: gpu.do(lambda: fill(p, value, n))
     module.memcpy_htod_async = lambda p, array, stream: gpu.do(lambda: copy_in(p, array))
     module.memcpy_dtoh_async = lambda array, p, stream: gpu.do(lambda: copy_out(array, p))
     module.memcpy_dtoh = memcpy_dtoh
@@ -370,7 +373,6 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(cuda_driver.Device, "_opened", {})
     monkeypatch.setattr(plugin_library, "load_plugin_library", lambda log: Path())
     trt_engine.trt_log.cache_clear()
-    monkeypatch.callback = trt_engine.trt_log.cache_clear  # type: ignore[attr-defined]
     return gpu
 
 

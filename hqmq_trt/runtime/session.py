@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from hqmq_trt.manifest import Manifest
 
 DEFAULT_CONTEXT, DEFAULT_PREFILL_CHUNK = 2048, 512
 Logits = NDArray[np.float32]
+AnySession = TypeVar("AnySession", bound="Session")
 
 
 class Session(ABC):
@@ -108,7 +109,7 @@ class Session(ABC):
     def close(self) -> None:  # noqa: B027 - a runtime with nothing to free need not override it
         """Free what the session holds; a second call does nothing."""
 
-    def __enter__(self) -> Session:
+    def __enter__(self: AnySession) -> AnySession:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -154,7 +155,7 @@ class Session(ABC):
 
     def append(
         self,
-        tokens: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]] | NDArray[Any],
         on_progress: Callable[[int], None] | None = None,
     ) -> Logits:
         """Append tokens[b] (lengths may differ, and be 0) to sequence b in chunks; logits [B, V] after the last.
