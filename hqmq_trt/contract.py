@@ -29,7 +29,7 @@ Attribute = int | float | str
 Dim = int | str
 
 ACTIVATION = "T"
-ACTIVATION_DTYPES = ("float32", "float16", "bfloat16")
+ACTIVATION_DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
 """What T may be; all tensors of dtype T of a node have one type."""
 
 INT32_MAX = 2**31 - 1
@@ -171,7 +171,7 @@ def _present_cache(name: str, attribute: str) -> tuple[TensorSpec, ...]:
 
 _PAST = TensorSpec("past_length", "int32", ("B",), "tokens that each sequence holds")
 _NEW = TensorSpec(
-    "new_length", "int32", ("B",), "rows of T that each sequence adds, from the left; the rest is padding"
+    "new_length", "int32", ("B",), "rows that each sequence adds, the first of its T; the rest is padding"
 )
 _KEY, _VALUE = (f"{role}_" for role in ROLES)
 
@@ -209,9 +209,7 @@ OPERATORS = (
             TensorSpec("v", ACTIVATION, ("B", "H", "T", "D"), "new rows of V"),
             _PAST,
             _NEW,
-            TensorSpec(
-                "sinks", ACTIVATION, ("Hq",), "a score of each head that takes part in the softmax", ("has_sinks",)
-            ),
+            TensorSpec("sinks", ACTIVATION, ("Hq",), "a score of each head in the softmax", ("has_sinks",)),
             *_codebook(_KEY, "k_"),
             *_codebook(_VALUE, "v_"),
             *_cache(_KEY, "k_"),

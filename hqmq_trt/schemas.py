@@ -1,83 +1,73 @@
 """ONNX schemas of the three operators, so that onnx.checker and shape inference know the domain ``com.hqmq``.
 
-Importing this module registers them. The number of inputs depends on the attributes (hqmq_trt.contract), hence the
-variadic, heterogeneous last parameter of each.
+Importing this module registers them. They are made from hqmq_trt.contract. The number of inputs and outputs depends on
+the attributes, hence a variadic, heterogeneous parameter from the first that may be absent.
 """
 
 from __future__ import annotations
+
+from itertools import takewhile
 
 import onnx
 from onnx.defs import OpSchema
 
 from hqmq_trt import contract
-from hqmq_trt.scheme import Scheme
+from hqmq_trt.contract import OperatorSpec, TensorSpec
 
-_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_STORED = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)"]
-_TYPES = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
-_SCHEME = Scheme.parse("fp16")
-
-_ROLE = {**contract.role_attributes(_SCHEME.key, 4, 8), **contract.common_attributes(8)}
-_REST = "codebooks, then cache tensors in the order of hqmq_trt.format.cache_tensors"
-
-
-def _parameter(name: str, type_name: str, description: str) -> OpSchema.FormalParameter:
-    return OpSchema.FormalParameter(name, type_name, description)
+_KINDS = {int: OpSchema.AttrType.INT, float: OpSchema.AttrType.FLOAT, str: OpSchema.AttrType.STRING}
+_ACTIVATIONS = [f"tensor({name})".replace("float32", "float") for name in contract.ACTIVATION_DTYPES]
+_CONSTRAINTS = {
+    "T": (_ACTIVATIONS, "activations"),
+    "S": ([*_ACTIVATIONS, "tensor(int32)"], "codebooks, cache tensors, sinks"),
+}
 
 
-def _variadic(name: str, description: str) -> OpSchema.FormalParameter:
-    return OpSchema.FormalParameter(
-        name, "S", description, param_option=OpSchema.FormalParameterOption.Variadic, is_homogeneous=False, min_arity=1
-    )
+def _type(dtype: str) -> str:
+    return "T" if dtype == contract.ACTIVATION else f"tensor({dtype})".replace("float32", "float")
 
 
-def _schema(
-    name: str,
-    doc: str,
-    inputs: list[OpSchema.FormalParameter],
-    outputs: list[OpSchema.FormalParameter],
-    attributes: dict[str, contract.Attribute],
-) -> OpSchema:
+def _parameters(specs: tuple[TensorSpec, ...]) -> list[OpSchema.FormalParameter]:
+    fixed = list(takewhile(lambda spec: not spec.when, specs))
+    result = [OpSchema.FormalParameter(spec.name, _type(spec.dtype), _description(spec)) for spec in fixed]
+    if rest := specs[len(fixed) :]:
+        result.append(
+            OpSchema.FormalParameter(
+                "tensors",
+                "S",
+                "; ".join(_description(spec) for spec in rest),
+                param_option=OpSchema.FormalParameterOption.Variadic,
+                is_homogeneous=False,
+                min_arity=sum(not spec.when for spec in rest),
+            )
+        )
+    return result
+
+
+def _description(spec: TensorSpec) -> str:
+    condition = f" if {' and '.join(spec.when)}" if spec.when else ""
+    return f"{spec.name} [{', '.join(map(str, spec.shape))}]{condition}: {spec.meaning}"
+
+
+def _schema(op: OperatorSpec) -> OpSchema:
+    inputs, outputs = _parameters(op.inputs), _parameters(op.outputs)
     types = {parameter.type_str for parameter in (*inputs, *outputs)}
-    constraints = [
-        ("T", _FLOATS, "activations"),
-        ("I", ["tensor(int32)"], "lengths, int32 [B]"),
-        ("S", _STORED, "codebooks, cache tensors, sinks"),
-    ]
     return OpSchema(
-        name,
+        op.name,
         contract.DOMAIN,
         contract.OPSET_VERSION,
-        doc=doc,
+        doc=op.meaning,
         inputs=inputs,
         outputs=outputs,
-        type_constraints=[constraint for constraint in constraints if constraint[0] in types],
+        type_constraints=[(name, *constraint) for name, constraint in _CONSTRAINTS.items() if name in types],
         attributes=[
-            OpSchema.Attribute(key, _TYPES[type(value)], "see hqmq_trt.contract", required=True)
-            for key, value in attributes.items()
+            OpSchema.Attribute(spec.name, _KINDS[spec.kind], spec.meaning, required=True) for spec in op.attributes
         ],
     )
 
 
 def schemas() -> tuple[OpSchema, ...]:
     """Schemas of HqmqQuantize, HqmqDequantize and HqmqAttention."""
-    past, new = _parameter("past_length", "I", "tokens held"), _parameter("new_length", "I", "tokens added")
-    x, cache = _parameter("x", "T", "[B, H, T, D]"), _variadic("present", "the cache with the new rows written")
-    q, k, v = (_parameter(name, "T", f"[B, {heads}, T, D]") for name, heads in (("q", "Hq"), ("k", "H"), ("v", "H")))
-    y, dense = _parameter("y", "T", "[B, Hq, T, D]"), _parameter("x", "T", "[B, H, M*P, D]")
-    length = _parameter("length", "I", "tokens held")
-    rest = _variadic("tensors", _REST)
-    return (
-        _schema(contract.QUANTIZE, "Append K or V to a cache.", [x, past, new, rest], [cache], _ROLE),
-        _schema(contract.DEQUANTIZE, "A cache as K or V.", [length, rest], [dense], _ROLE),
-        _schema(
-            contract.ATTENTION,
-            "Append K and V to their caches and attend to them, page-causally.",
-            [q, k, v, past, new, _variadic("tensors", f"sinks if has_sinks, {_REST}, K's before V's")],
-            [y, cache],
-            contract.attention_attributes(_SCHEME, 4, 1.0),
-        ),
-    )
+    return tuple(_schema(op) for op in contract.OPERATORS)
 
 
 def register() -> None:
