@@ -1,6 +1,20 @@
-"""Comparison of an exported model with its PyTorch source: logits by position, K and V by layer."""
+"""Comparison of an exported model and its engine with the PyTorch source: logits, K and V by layer, greedy text."""
 
-from hqmq_trt.diff.comparison import DiffResult, compare
+from hqmq_trt.diff.comparison import compare, open_runtimes
+from hqmq_trt.diff.greedy import GreedyCheck, greedy
 from hqmq_trt.diff.measures import LayerError, LogitComparison
+from hqmq_trt.diff.result import DiffResult, DirectDiff, RuntimeDiff
+from hqmq_trt.diff.stateless import StatelessCheck
 
-__all__ = ["DiffResult", "LayerError", "LogitComparison", "compare"]
+__all__ = [
+    "DiffResult",
+    "DirectDiff",
+    "GreedyCheck",
+    "LayerError",
+    "LogitComparison",
+    "RuntimeDiff",
+    "StatelessCheck",
+    "compare",
+    "greedy",
+    "open_runtimes",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,18 +88,18 @@ class LogitComparison:
 
 @dataclass
 class LayerError:
-    """Relative mean squared error of one layer's K or V, against the K or V of the PyTorch model.
+    """Relative mean squared error of one layer's K or V, against those of the PyTorch model or of another runtime.
 
     Attributes:
         layer, role: which; role is ``key`` or ``value``.
-        codec: of coding the true K or V of this layer alone.
+        codec: of coding the true K or V of this layer alone; None where two runtimes are compared.
         in_run: of what the running model's cache holds: the codec's error and what earlier layers' errors did.
     """
 
     layer: int
     role: str
-    codec: float
-    in_run: float = field(default=float("nan"))
+    codec: float | None
+    in_run: float
 
 
 def relative_mse(true: NDArray[np.floating], found: NDArray[np.floating]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
-from hqmq_trt.diff.comparison import DiffResult
+from hqmq_trt.diff.measures import LayerError
+from hqmq_trt.diff.result import DiffResult
 from hqmq_trt.scheme import ROLES
 
 REFERENCE_NAMES = {
     "unpacked": "PyTorch, unpacked cache",
     "same": "PyTorch, HqmqCache of its own",
     "pinned": "PyTorch, same HqmqCache bytes",
+    "onnxruntime": "ONNX Runtime, cache of its own",
 }
+RUNTIME_NAMES = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 ROWS = {
     "mean_kl": "mean KL (nats)",
     "median_kl": "median KL",
@@ -42,9 +46,51 @@ def show(name: str, value: float) -> str:
     return f"{value:.3f}" if name.startswith("perplexity") else f"{value:.2e}"
 
 
-def write_report(result: DiffResult, path: Path, source: str, versions: dict[str, str | None]) -> None:
-    """Write the report of `result` to `path`; `source` names the PyTorch model."""
-    summaries = {name: found.summary() for name, found in result.logits.items()}
+def column_names(result: DiffResult) -> list[str]:
+    """A heading for each of result.columns(); the runtime is named where there are several."""
+    alone = list(result.runtimes) == ["onnxruntime"]
+    return [
+        REFERENCE_NAMES[reference] if alone else f"{RUNTIME_NAMES[runtime]} against {REFERENCE_NAMES[reference]}"
+        for runtime, reference, _ in result.columns()
+    ]
+
+
+def layer_tables(result: DiffResult) -> Iterator[tuple[str, list[LayerError]]]:
+    """(heading, errors) of each table of K and V."""
+    for name, found in result.runtimes.items():
+        if found.layers:
+            yield RUNTIME_NAMES[name], found.layers
+    if result.direct and result.direct.layers:
+        yield "TensorRT against ONNX Runtime", result.direct.layers
+
+
+def remarks(result: DiffResult) -> list[tuple[str, str]]:
+    """(what, value) of the counts beside the tables."""
+    alone = len(result.runtimes) == 1
+    rows = []
+    for name, found in result.runtimes.items():
+        by = "" if alone else f" by {RUNTIME_NAMES[name]}"
+        rows += [
+            (f"chunks of {role} coded{by} otherwise than by PyTorch", f"{x:.2e}") for role, x in found.changed.items()
+        ]
+    if check := result.stateless:
+        codes = ", ".join(f"{role} {check.changed[role]} of {check.chunks[role]}" for role in ROLES)
+        rows += [
+            (f"Polygraphy's TrtRunner, {check.tokens} tokens: chunks coded otherwise than by ONNX Runtime", codes),
+            ("its logits", f"mean KL {check.logits.mean_kl:.2e}, largest difference {check.max_difference:.2e}"),
+        ]
+    return rows
+
+
+def write_report(
+    result: DiffResult,
+    path: Path,
+    source: str,
+    versions: dict[str, str | None],
+    facts: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the report of `result` to `path`; `source` names the PyTorch model, `facts` are further (what, value)."""
+    summaries = [found.summary() for _, _, found in result.columns()]
     environment = Environment(loader=PackageLoader("hqmq_trt.diff", "."), autoescape=True, trim_blocks=False)
     page = environment.get_template("report.html.j2").render(
         title=f"{result.manifest.scheme} ({result.manifest.mode}) against {source}",
@@ -53,12 +99,13 @@ def write_report(result: DiffResult, path: Path, source: str, versions: dict[str
             ("tokens read one by one", result.decode_steps),
             ("scheme, seed", f"{result.manifest.scheme}, {result.manifest.seed}"),
             ("bytes of the cache", f"{sum(result.cache_bytes.values()):,}"),
-            *((f"chunks of {role} coded otherwise than by PyTorch", f"{x:.2e}") for role, x in result.changed.items()),
+            *remarks(result),
+            *facts,
         ],
-        logits=[REFERENCE_NAMES[name] for name in summaries],
-        rows=[(label, [show(key, summary[key]) for summary in summaries.values()]) for key, label in ROWS.items()],
+        logits=column_names(result),
+        rows=[(label, [show(key, summary[key]) for summary in summaries]) for key, label in ROWS.items()],
         figures=_figures(result),
-        layers=result.layers,
+        tables=list(layer_tables(result)),
         footer=", ".join(f"{name} {version}" for name, version in versions.items() if version),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,15 +117,17 @@ def _figures(result: DiffResult) -> list[tuple[str, str]]:
         ("KL by position; the dotted line is where tokens are read one by one.", _positions(result)),
         ("How KL is distributed over positions.", _histogram(result)),
     ]
-    if result.layers:
-        figures.append(("Relative mean squared error of K and V in the running cache, by layer.", _layers(result)))
+    for name, errors in layer_tables(result):
+        figures.append(
+            (f"{name}: relative mean squared error of K and V in the running cache, by layer.", _layers(errors))
+        )
     return figures
 
 
 def _positions(result: DiffResult) -> str:
     figure, axes = _axes()
-    for name, found in result.logits.items():
-        axes.semilogy(np.maximum(found.kl, _FLOOR), ".", markersize=3, label=REFERENCE_NAMES[name])
+    for name, (_, _, found) in zip(column_names(result), result.columns(), strict=True):
+        axes.semilogy(np.maximum(found.kl, _FLOOR), ".", markersize=3, label=name)
     axes.axvline(result.tokens, color="gray", linestyle=":")
     axes.set_xlabel("position")
     axes.set_ylabel("KL (nats)")
@@ -87,29 +136,26 @@ def _positions(result: DiffResult) -> str:
 
 def _histogram(result: DiffResult) -> str:
     figure, axes = _axes()
-    logs = {name: np.log10(np.maximum(found.kl, _FLOOR)) for name, found in result.logits.items()}
-    low = min(values.min() for values in logs.values())
-    high = max(values.max() for values in logs.values())
+    logs = [np.log10(np.maximum(found.kl, _FLOOR)) for _, _, found in result.columns()]
+    low = min(values.min() for values in logs)
+    high = max(values.max() for values in logs)
     bins = np.linspace(low, high if high > low else low + 1, 50)
-    for name, values in logs.items():
-        axes.hist(values, bins=bins, alpha=0.6, label=REFERENCE_NAMES[name])
+    for name, values in zip(column_names(result), logs, strict=True):
+        axes.hist(values, bins=bins, alpha=0.6, label=name)
     axes.set_xlabel("log10 KL")
     axes.set_ylabel("positions")
     return _svg(figure, axes)
 
 
-def _layers(result: DiffResult) -> str:
+def _layers(found: list[LayerError]) -> str:
     figure, axes = _axes()
     for offset, role in zip((-0.2, 0.2), ROLES, strict=True):
-        errors = [error for error in result.layers if error.role == role]
+        errors = [error for error in found if error.role == role]
         axes.bar([error.layer + offset for error in errors], [error.in_run for error in errors], 0.4, label=role)
-        axes.plot(
-            [error.layer + offset for error in errors],
-            [error.codec for error in errors],
-            "k_",
-            markersize=5,
-            label="codec alone" if role == ROLES[0] else None,
-        )
+        coded = [(error.layer + offset, error.codec) for error in errors if error.codec is not None]
+        if coded:
+            label = "codec alone" if role == ROLES[0] else None
+            axes.plot(*zip(*coded, strict=True), "k_", markersize=5, label=label)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative MSE")
     return _svg(figure, axes)

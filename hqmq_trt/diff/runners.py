@@ -20,7 +20,7 @@ from polygraphy.common import TensorMetadata
 
 from hqmq_trt import codebooks
 from hqmq_trt.oracle.codec import hadamard
-from hqmq_trt.runtime.ort_session import OrtSession
+from hqmq_trt.runtime.session import Session
 from hqmq_trt.scheme import ROLES, RoleScheme
 
 Arrays = OrderedDict[str, NDArray[Any]]
@@ -102,8 +102,9 @@ class TorchRunner(CachedRunner):
     @torch.inference_mode()
     def logits(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits of a forward pass."""
-        out = self._model(input_ids=torch.from_numpy(input_ids), past_key_values=self._cache, use_cache=True)
-        result: NDArray[np.float32] = out.logits[0].float().numpy()
+        ids = torch.from_numpy(input_ids).to(self._model.device)
+        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        result: NDArray[np.float32] = out.logits[0].float().cpu().numpy()
         return result
 
     def cached(self) -> Mapping[str, NDArray[np.float32]]:
@@ -113,31 +114,40 @@ class TorchRunner(CachedRunner):
         if not isinstance(self._cache, DynamicCache):
             return {}
         return {
-            f"{role}.{index}": getattr(layer, f"{role}s")[0].float().numpy()
+            f"{role}.{index}": getattr(layer, f"{role}s")[0].float().cpu().numpy()
             for index, layer in enumerate(self._cache.layers)
             for role in ROLES
         }
 
 
 class SessionRunner(CachedRunner):
-    """An OrtSession; K and V are what its cache decodes to, in the basis of the unfolded model."""
+    """A session of any runtime; K and V are what its cache decodes to, in the basis of the unfolded model.
+
+    Attributes:
+        cache_nbytes: bytes of the session's cache by kind, once the runner was active.
+    """
 
     def __init__(
-        self, name: str, new_session: Callable[[], OrtSession], on_feed: Callable[[int], None] | None = None
+        self, name: str, new_session: Callable[[], Session], on_feed: Callable[[int], None] | None = None
     ) -> None:
         super().__init__(name, on_feed)
         self._new_session = new_session
+        self._session: Session | None = None
+        self.cache_nbytes: dict[str, int] = {}
 
     def activate_impl(self) -> None:
         """Load the model."""
-        self._session: OrtSession | None = self._new_session()
+        self._session = self._new_session()
+        self.cache_nbytes = self._session.cache_nbytes()
 
     def deactivate_impl(self) -> None:
         """Free the model and its cache."""
+        if self._session is not None:
+            self._session.close()
         self._session = None
 
     @property
-    def _active(self) -> OrtSession:
+    def _active(self) -> Session:
         assert self._session is not None, "the runner is not active"
         return self._session
 
@@ -163,7 +173,7 @@ class SessionRunner(CachedRunner):
                 x = torch.ops.hqmq.dequantize(
                     torch.from_numpy(session.lengths[:1].copy()),
                     codebook_tensors(role, session.scheme.seed, index, layer.num_kv_heads, name),
-                    [torch.from_numpy(buffer[:1]) for buffer in session.cache_buffers(index, name)],
+                    [torch.from_numpy(buffer[:1]) for buffer in session.cache_arrays(index, name)],
                     session.scheme.name,
                     name,
                     torch.float32,
