@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import TrtSession, cuda_driver, open_session, trt_engine
+from hqmq_trt.runtime.widen import widen
 from tests import simulated_gpu
 from tests.simulated_gpu import Gpu
 from tests.trt_session_cases import MAX_BATCH, MAX_CONTEXT, PREFILL_CHUNK, TrtSessionCases, text
@@ -83,6 +84,19 @@ def test_a_decode_step_is_one_graph_launch(engine: Path, gpu: Gpu) -> None:
         session.decode([1])
         session.decode([2])
         assert (gpu.graphs, gpu.launches) == (0, 6)
+
+
+def test_widen_is_exact() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    half = bits.view(np.float16)
+    finite = half[np.isfinite(half)]
+    wide = finite.astype(np.float32)
+    np.testing.assert_array_equal(widen(finite).view(np.uint32), wide.view(np.uint32))
+    np.testing.assert_array_equal(widen(half), half.astype(np.float32))
+    out = np.empty_like(wide)
+    assert widen(finite, out) is out
+    assert widen(wide) is wide
+    np.testing.assert_array_equal(widen(bits).view(np.uint32), bits.astype(np.uint32) << 16)
 
 
 def test_a_refused_capture_is_an_error(engine: Path, gpu: Gpu) -> None:

@@ -71,7 +71,7 @@ class TrtSessionCases:
             prompts = [text(45), text(7, 1), text(31, 2)]
             found, wanted = session.append(prompts), reference.append(prompts)
             np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
-            assert np.abs(wanted - wanted[::-1]).max() > 20 * tolerance
+            assert np.abs(wanted - wanted[::-1]).max() > 3 * tolerance
             for step in range(20):
                 tokens = [step, 100 + step, None if step % 3 else 200]
                 found, wanted = session.decode(tokens).copy(), reference.decode(tokens)
@@ -81,7 +81,7 @@ class TrtSessionCases:
             assert session.lengths.tolist() == reference.lengths.tolist() == [65, 27, 38, 0]
             for b, length in enumerate(session.lengths[:3].tolist()):
                 ours, theirs = caches(session, b, length), caches(reference, b, length)
-                assert same_share(ours, theirs) > (0.7 if tolerance > 1e-4 else 0.999)
+                assert same_share(ours, theirs) > (0.7 if tolerance > 1e-3 else 0.999)
 
     def test_past_and_present_are_one_address(self, engine: Path) -> None:
         with TrtSession(engine) as session:
@@ -171,9 +171,7 @@ class TrtSessionCases:
             together = generate(session, requests).completions
             assert together == [generate(single, [request]).completions[0] for request in requests]
 
-    def test_cache_files_pass_between_runtimes(
-        self, engine: Path, export: Path, tmp_path: Path, tolerance: float
-    ) -> None:
+    def test_cache_files_pass_between_runtimes(self, engine: Path, export: Path, tmp_path: Path) -> None:
         prompts = [text(40), [], text(3, 1), text(16, 2)]
         reference = OrtSession(export, MAX_BATCH, MAX_CONTEXT)
         reference.append(prompts)
@@ -188,7 +186,8 @@ class TrtSessionCases:
             assert contents(tmp_path / "trt") == contents(tmp_path / "ort")
             tokens = [7, None, 8, 9]
             found, wanted = session.decode(tokens), reference.decode(tokens)
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-3)  # all read the same codes
+            assert np.abs(wanted[0] - wanted[2]).max() > 0.1
         with TrtSession(engine, 3) as session, pytest.raises(HqmqError, match="4 sequences, the session max_batch=3"):
             session.load_cache(tmp_path / "ort")
 

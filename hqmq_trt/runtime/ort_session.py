@@ -15,6 +15,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime.cache_file import model_digest
 from hqmq_trt.runtime.ort_cache import NUMPY_TYPE, ONNX_TYPE, DeviceTensor, HostTensor
 from hqmq_trt.runtime.session import DEFAULT_PREFILL_CHUNK, Logits, Session
+from hqmq_trt.runtime.widen import widen
 
 _NODE_ERROR = re.compile(r"running (\w+) node\. Name:'([^']*)' Status Message: (.*)", re.DOTALL)
 
@@ -119,7 +120,7 @@ class OrtSession(Session):
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime raises a type per status code, with no base of their own
             raise HqmqError(f"{self._path}: {_one_line(error)}") from error
-        return _float32(self._logits[:size].reshape(shape))
+        return widen(self._logits[:size].reshape(shape))
 
     def _binding(self, batch: int) -> ort.IOBinding:
         """Binding of the cache for sequences 0…batch-1, made once for each batch size."""
@@ -138,13 +139,6 @@ class OrtSession(Session):
         written = self._bindings[max(self._bindings)].get_outputs()  # in the order in which they were bound
         pairs = zip(self._cache.items(), written[: len(self._cache)], strict=True)
         return {name: (buffer.pointer, output.data_ptr()) for (name, buffer), output in pairs}
-
-
-def _float32(logits: NDArray[Any]) -> Logits:
-    """A float32 copy of logits; bfloat16 comes as its bits."""
-    if logits.dtype == np.uint16:
-        return (logits.astype(np.uint32) << 16).view(np.float32)
-    return logits.astype(np.float32)
 
 
 def _one_line(error: Exception) -> str:

@@ -218,17 +218,18 @@ class Session(ABC):
         """input_ids [B, 1], new_length [B] and logits_index [B, 1] of a decode step, checked. B may be 0."""
         self._check_batch(len(tokens))
         batch, vocabulary = self._decode_batch(tokens), self.manifest.vocab_size
-        ids, new = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int32)
+        ids, new = [0] * batch, [0] * batch  # quicker than numpy for so few
         for b in range(batch):
             token = tokens[b]
             if token is None:
                 continue
             if not 0 <= token < vocabulary:
                 raise HqmqError(f"token {token} of sequence {b} is outside the vocabulary of {vocabulary}")
-            ids[b, 0], new[b] = token, 1
-        if batch and int(self.lengths[:batch].max()) >= self.max_context:
-            self.check_capacity(self.lengths[:batch] + new)
-        return ids, new, np.zeros((batch, 1), np.int64)
+            ids[b], new[b] = token, 1
+        grown = np.array(new, np.int32)
+        if batch and max(self.lengths.tolist()[:batch]) >= self.max_context:
+            self.check_capacity(self.lengths[:batch] + grown)
+        return np.array(ids, np.int64).reshape(batch, 1), grown, np.zeros((batch, 1), np.int64)
 
     def _host_array(self, array: Any, name: str) -> NDArray[Any]:
         """Integers as a host array. A runtime with a device overrides this to take device arrays."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime.cache_file import model_digest
 from hqmq_trt.runtime.session import Logits, Session
 from hqmq_trt.runtime.trt_executor import TrtExecutor
+from hqmq_trt.runtime.widen import widen
 
 
 class DeviceLogits:
@@ -47,7 +47,7 @@ class DeviceLogits:
 
     def to_host(self) -> Logits:
         """A float32 copy in host memory."""
-        return _float32(self._executor.download(self.address, self.shape, self.dtype), copy=False)
+        return widen(self._executor.download(self.address, self.shape, self.dtype))
 
 
 class TrtSession(Session):
@@ -102,34 +102,41 @@ class TrtSession(Session):
             self.folder, limits, self.manifest, self.max_batch, self.num_pages, device, cuda_graph, verify
         )
         self._finalizer = weakref.finalize(self, _close, self._gpu)
-        bfloat = self._gpu.logits_dtype == np.uint16
-        self._narrow = bfloat or self._gpu.logits_dtype == np.float16
+        self._wide = np.empty((self.max_batch, 1, self.manifest.vocab_size), np.float32)
 
     def step(
         self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
     ) -> Logits:
         """As Session.step; a run takes at most the engine's prefill_chunk tokens of a sequence, and as many rows."""
-        with self._timed(_width(input_ids) == 1):
-            return super().step(input_ids, new_length, logits_index)
+        start = self._now()
+        logits = super().step(input_ids, new_length, logits_index)
+        self._count(start, logits.shape[1] == _width(input_ids) == 1)
+        return logits
 
     def decode(self, tokens: Sequence[int | None]) -> Logits:
         """As Session.decode; the logits are the session's own memory, overwritten by the next run."""
-        with self._timed(True):
-            return super().decode(tokens)
+        start = self._now()
+        logits = super().decode(tokens)
+        self._count(start)
+        return logits
 
     def step_device(
         self, input_ids: Any, new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
     ) -> DeviceLogits:
         """As `step`, with the logits left on the GPU: they are not copied and not checked for NaN."""
-        with self._timed(_width(input_ids) == 1):
-            ids = self._check_step(input_ids, new_length, logits_index)
-            new = np.ascontiguousarray(new_length, np.int32)
-            return self._on_device(ids, new, np.ascontiguousarray(logits_index, np.int64))
+        start = self._now()
+        ids = self._check_step(input_ids, new_length, logits_index)
+        new = np.ascontiguousarray(new_length, np.int32)
+        logits = self._on_device(ids, new, np.ascontiguousarray(logits_index, np.int64))
+        self._count(start, logits.shape[1] == ids.shape[1] == 1)
+        return logits
 
     def decode_device(self, tokens: Sequence[int | None]) -> DeviceLogits:
         """As `decode`, with the logits [B, 1, V] left on the GPU; rows of None are undefined."""
-        with self._timed(True):
-            return self._on_device(*self._decode_arrays(tokens))
+        start = self._now()
+        logits = self._on_device(*self._decode_arrays(tokens))
+        self._count(start)
+        return logits
 
     def reset_host_time(self) -> None:
         """Start `host_seconds` and `host_steps` from 0."""
@@ -172,7 +179,7 @@ class TrtSession(Session):
         self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
     ) -> Logits:
         logits: Any = self._execute(input_ids, new_length, logits_index, to_host=True)
-        return _float32(logits, copy=False)
+        return widen(logits, self._wide[: len(logits)] if logits.shape[1] == 1 else None)
 
     def _execute(
         self, ids: NDArray[np.int64], new: NDArray[np.int32], index: NDArray[np.int64], to_host: bool
@@ -199,7 +206,7 @@ class TrtSession(Session):
 
     def _decode_batch(self, tokens: Sequence[int | None]) -> int:
         # All sequences given: each batch size costs a context and a graph, an idle row next to nothing.
-        return len(tokens) if any(token is not None for token in tokens) else 0
+        return len(tokens) if super()._decode_batch(tokens) else 0
 
     def _host_array(self, array: Any, name: str) -> NDArray[Any]:
         interface = getattr(array, "__cuda_array_interface__", None)
@@ -227,12 +234,13 @@ class TrtSession(Session):
         if self._gpu.closed:
             raise HqmqError(f"{self.folder}: the session is closed; open it again")
 
-    @contextmanager
-    def _timed(self, decodes: bool) -> Iterator[None]:
-        start, waited = time.perf_counter(), self._gpu.wait_seconds
-        yield
+    def _now(self) -> float:
+        """A clock that stands still while this session waits for the GPU."""
+        return time.perf_counter() - self._gpu.wait_seconds
+
+    def _count(self, start: float, decodes: bool = True) -> None:
         if decodes:
-            self.host_seconds += time.perf_counter() - start - (self._gpu.wait_seconds - waited)
+            self.host_seconds += self._now() - start
             self.host_steps += 1
 
 
@@ -260,13 +268,6 @@ def _strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         result.insert(0, itemsize)
         itemsize *= size
     return tuple(result)
-
-
-def _float32(logits: NDArray[Any], copy: bool) -> Logits:
-    """Logits as float32; bfloat16 comes as its bits."""
-    if logits.dtype == np.uint16:
-        return (logits.astype(np.uint32) << 16).view(np.float32)
-    return logits.astype(np.float32, copy=copy)
 
 
 def _close(executor: TrtExecutor) -> None:
