@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -40,7 +42,8 @@ def _bypass(model: ir.Model, node: ir.Node, value: ir.Value | None) -> None:
     model.graph.remove(node, safe=True)
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def _constant(value: ir.Value | None) -> Any:
+    """The array of a small constant, or None."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None or tensor.size > 16 else tensor.numpy()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hqmq_trt.errors import HqmqError
+
+from .gguf_reading import reading_once
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -73,18 +76,26 @@ def _of_path(source: str, dtype: str | None, gguf_file: str | None) -> Source:
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     name = gguf_file or (path.resolve().name if path.exists() else source)
     chosen = DTYPES[dtype] if dtype else (torch.float32 if gguf_file else "auto")
+    with reading_once() if gguf_file else nullcontext():
+        model = _model(source, name, chosen, options)
+        return Source(model, _tokenizer(source, name, options), name)
+
+
+def _model(source: str, name: str, dtype: Any, options: dict[str, Any]) -> Any:
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen, **options)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except Exception as error:  # transformers raises what it likes for damaged and unknown models
         raise HqmqError(f"{name}: transformers cannot load it as a causal language model: {_reason(error)}") from error
+
+
+def _tokenizer(source: str, name: str, options: dict[str, Any]) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
-        if path.is_dir() and not gguf_file and not list(path.glob("*token*")):
-            tokenizer = None  # a bare model: it runs on ids
-        else:
-            raise HqmqError(f"{name}: transformers cannot load its tokenizer: {_reason(error)}") from error
-    return Source(model, tokenizer, name)
+        path = Path(source)
+        if path.is_dir() and not options and not list(path.glob("*token*")):
+            return None  # a bare model: it runs on ids
+        raise HqmqError(f"{name}: transformers cannot load its tokenizer: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -46,7 +46,7 @@ class RichBuildProgress:
 def monitor(trt: Any, progress: BuildProgress | None) -> Any:
     """A tensorrt.IProgressMonitor. Its attribute `interrupted` is True after Ctrl-C, which ends the build early."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.interrupted = False
