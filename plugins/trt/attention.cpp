@@ -12,27 +12,11 @@ size_t Aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 class Attention final : public Operation {
  public:
   explicit Attention(const nvinfer1::PluginFieldCollection* fields)
-      : Operation(contract::kAttention, fields),
+      : Operation(contract::kAttention, fields, 2),
         scale_(attributes_.Float("scale")),
         softcap_(attributes_.Float("softcap")),
         window_(attributes_.Int("window")),
-        has_sinks_(attributes_.Int("has_sinks") != 0) {
-    AddRole("k_");
-    AddRole("v_");
-    AddInput("q", Type::kActivation, {{kBatch}, {kQueryHeads}, {kTokens}, {kHeadDim}});
-    AddInput("k", Type::kActivation, {{kBatch}, {kHeads}, {kTokens}, {kHeadDim}});
-    AddInput("v", Type::kActivation, {{kBatch}, {kHeads}, {kTokens}, {kHeadDim}});
-    AddInput("past_length", Type::kInt32, {{kBatch}});
-    AddInput("new_length", Type::kInt32, {{kBatch}});
-    if (has_sinks_) AddInput("sinks", Type::kActivation, {{kQueryHeads}});
-    AddCodebook(0, "key ");
-    AddCodebook(1, "value ");
-    AddCache(0, "key ");
-    AddCache(1, "value ");
-    outputs_.push_back({0, false, {}});
-    AddPresent(0);
-    AddPresent(1);
-  }
+        has_sinks_(attributes_.Int("has_sinks") != 0) {}
 
   // Kernels first, then sinks as float32.
   size_t Workspace(const Sizes& most) const override {
@@ -86,7 +70,7 @@ class Attention final : public Operation {
         Secondaries(role, call),
         Levels(role, call),
         nullptr,
-        Cache(role, call.outputs + tensors_[role].present)};
+        Present(role, call)};
   }
 
   float scale_, softcap_;

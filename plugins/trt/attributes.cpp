@@ -104,6 +104,8 @@ Attributes::Value Attributes::Parse(const contract::Attribute& attribute,
     throw Error(what + Text(value) + ", outside " + Text(attribute.low) + "…" +
                 Text(attribute.high) + kFix);
   }
+  if (attribute.power_of_two && (static_cast<int64_t>(value) & (static_cast<int64_t>(value) - 1)))
+    throw Error(what + Text(value) + ", no power of two" + kFix);
   Value out;
   out.given = true;
   if (integer) {
@@ -119,6 +121,14 @@ const Attributes::Value& Attributes::Find(const std::string& name) const {
     if (name == op_.attributes[i].name) return values_[i];
   }
   throw Error("the contract has no attribute '" + name + "'");
+}
+
+bool Attributes::All(const char* names) const {
+  std::istringstream in(names);
+  for (std::string name; in >> name;) {
+    if (Int(name) == 0) return false;
+  }
+  return true;
 }
 
 int32_t Attributes::Int(const std::string& name) const { return Find(name).integer; }

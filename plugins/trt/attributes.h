@@ -20,6 +20,8 @@ class Attributes {
 
   int32_t Int(const std::string& name) const;
   float Float(const std::string& name) const;
+  // Whether all of these, parted by spaces, are not zero.
+  bool All(const char* names) const;
   // Lives as long as this object.
   const nvinfer1::PluginFieldCollection* fields() const { return &collection_; }
 

@@ -1,12 +1,51 @@
 #include "operation.h"
 
+#include <algorithm>
 #include <cstring>
+#include <map>
+#include <sstream>
 
 #include "log.h"
 
 namespace hqmq::trt {
 
-void Operation::AddRole(const std::string& prefix) {
+namespace {
+
+// K's tensors and those of operators of one role come first.
+bool IsValue(const contract::Tensor& tensor) {
+  return std::string(tensor.name).find("value_") != std::string::npos;
+}
+
+}  // namespace
+
+Operation::Operation(const contract::Operator& op, const nvinfer1::PluginFieldCollection* fields,
+                     int roles)
+    : op_(op), attributes_(op, fields) {
+  if (roles == 1) {
+    roles_ = {MakeRole("")};
+  } else {
+    roles_ = {MakeRole("k_"), MakeRole("v_")};
+  }
+  for (int i = 0; i < op.num_inputs; ++i) {
+    if (attributes_.All(op.inputs[i].when))
+      inputs_.push_back({op.inputs[i].name, op.inputs[i].type, DimsOf(op.inputs[i])});
+  }
+  for (int i = 0; i < op.num_outputs; ++i) {
+    if (attributes_.All(op.outputs[i].when)) outputs_.push_back(MakeOutput(op.outputs[i]));
+  }
+  static const char* const names[2][2] = {{"", ""}, {"key_", "value_"}};
+  for (int i = 0; i < roles; ++i) {
+    const std::string name = names[roles - 1][i];
+    const size_t cache = Input(name + "codes");
+    size_t present = 0;
+    while (present < outputs_.size() && outputs_[present].alike != static_cast<int>(cache))
+      ++present;
+    const bool packed = roles_[i].storage == Storage::kHqmq;
+    tensors_.push_back({packed ? Input(name + "secondaries") : 0, cache, present});
+  }
+}
+
+RoleParams Operation::MakeRole(const std::string& prefix) const {
   RoleParams role = {};
   role.storage = static_cast<Storage>(attributes_.Int(prefix + "storage"));
   role.gain = static_cast<Gain>(attributes_.Int(prefix + "gain"));
@@ -17,47 +56,62 @@ void Operation::AddRole(const std::string& prefix) {
     role.page_mean = attributes_.Int(prefix + "page_mean");
     role.outlier_capacity = attributes_.Int(prefix + "outlier_capacity");
   }
-  if (role.page_size & (role.page_size - 1)) {
-    throw Error("attribute 'page_size' is " + std::to_string(role.page_size) +
-                ", no power of two; export the model again with this version of hqmq-trt");
+  return role;
+}
+
+std::vector<Dim> Operation::DimsOf(const contract::Tensor& tensor) const {
+  const bool value = roles_.size() > 1 && IsValue(tensor);
+  const RoleParams& role = roles_[value ? 1 : 0];
+  const std::map<std::string, Dim> symbols = {
+      {"B", {kBatch}},
+      {"H", {kHeads}},
+      {"Hq", {kQueryHeads}},
+      {"T", {kTokens}},
+      {"D", {kHeadDim}},
+      {"M*P", {kCapacity}},
+      {"M", {kPages}},
+      {"S", {value ? kValueSecondaries : kSecondaries}},
+      {"W", {value ? kValueWords : kWords}},
+      {"U", {kMaskWords}},
+      {"P", {kFixed, role.page_size}},
+      {"C", {kFixed, role.outlier_capacity}},
+      {"2^r", {kFixed, int64_t{1} << role.radius_bits}},
+      {"1", {kFixed, 1}},
+      {"4", {kFixed, 4}},
+  };
+  std::vector<Dim> out;
+  std::istringstream in(tensor.shape);
+  for (std::string symbol; in >> symbol;) {
+    const auto at = symbols.find(symbol);
+    if (at == symbols.end()) throw Error("the contract has an unknown size '" + symbol + "'");
+    out.push_back(at->second);
   }
-  roles_.push_back(role);
-  tensors_.emplace_back();
+  return out;
 }
 
-void Operation::AddCodebook(size_t role, const std::string& name) {
-  tensors_[role].codebook = inputs_.size();
-  if (roles_[role].storage != Storage::kHqmq) return;
-  AddInput(name + "secondaries", Type::kFloat32,
-           {{kHeads}, {role ? kValueSecondaries : kSecondaries}, {kFixed, 4}});
-  AddInput(name + "levels", Type::kFloat32, {{kFixed, int64_t{1} << roles_[role].radius_bits}});
-}
-
-void Operation::AddCache(size_t role, const std::string& name) {
-  const RoleParams& params = roles_[role];
-  tensors_[role].cache = inputs_.size();
-  AddInput(name + "codes", Type::kInt32,
-           {{kBatch}, {kHeads}, {kCapacity}, {role ? kValueWords : kWords}});
-  if (params.storage == Storage::kHqmq)
-    AddInput(name + "scales", Type::kFloat16, {{kBatch}, {kHeads}, {kCapacity}, {kFixed, 1}});
-  if (params.page_mean)
-    AddInput(name + "mean", Type::kFloat16, {{kBatch}, {kHeads}, {kPages}, {kHeadDim}});
-  if (params.outlier_capacity > 0) {
-    AddInput(name + "outlier_mask", Type::kInt32, {{kBatch}, {kHeads}, {kPages}, {kMaskWords}});
-    AddInput(name + "outlier_value", Type::kFloat16,
-             {{kBatch}, {kHeads}, {kPages}, {kFixed, params.outlier_capacity}, {kFixed, 4}});
+Operation::Output Operation::MakeOutput(const contract::Tensor& tensor) const {
+  if (*tensor.alias) return {static_cast<int>(Input(tensor.alias)), true, {}};
+  if (tensor.type == Type::kActivation) return {0, false, {}};
+  Output out = {-1, false, {}};
+  for (const Dim& dim : DimsOf(tensor)) {
+    // From the first activation or cache tensor that has it.
+    for (size_t i = 0; i < inputs_.size() && out.dims.size() < 4; ++i) {
+      const std::vector<Dim>& dims = inputs_[i].dims;
+      const auto at = std::find_if(dims.begin(), dims.end(),
+                                   [&](const Dim& other) { return other.size == dim.size; });
+      if (dims.size() != 4 || at == dims.end()) continue;
+      out.dims.push_back({i, static_cast<int>(at - dims.begin())});
+      break;
+    }
   }
-  AddInput(name + "tail", Type::kFloat16,
-           {{kBatch}, {kHeads}, {kFixed, params.page_size}, {kHeadDim}});
+  return out;
 }
 
-void Operation::AddPresent(size_t role) {
-  const RoleParams& params = roles_[role];
-  tensors_[role].present = outputs_.size();
-  const int count = 2 + (params.storage == Storage::kHqmq ? 1 : 0) + (params.page_mean ? 1 : 0) +
-                    (params.outlier_capacity > 0 ? 2 : 0);
-  for (int i = 0; i < count; ++i)
-    outputs_.push_back({static_cast<int>(tensors_[role].cache) + i, true, {}});
+size_t Operation::Input(const std::string& name) const {
+  for (size_t i = 0; i < inputs_.size(); ++i) {
+    if (name == inputs_[i].name) return i;
+  }
+  throw Error("the contract has no input '" + name + "' for these attributes");
 }
 
 hqmq_role_params Operation::Params(size_t role, const Sizes& from) const {
@@ -79,6 +133,15 @@ const float* Operation::Secondaries(size_t role, const Call& call) const {
 const float* Operation::Levels(size_t role, const Call& call) const {
   if (roles_[role].storage != Storage::kHqmq) return nullptr;
   return static_cast<const float*>(call.inputs[tensors_[role].codebook + 1]);
+}
+
+hqmq_role_cache Operation::Past(size_t role, const Call& call) const {
+  // A cache has one type, whether read or written.
+  return Cache(role, const_cast<void* const*>(call.inputs) + tensors_[role].cache);
+}
+
+hqmq_role_cache Operation::Present(size_t role, const Call& call) const {
+  return Cache(role, call.outputs + tensors_[role].present);
 }
 
 hqmq_role_cache Operation::Cache(size_t role, void* const* tensors) const {

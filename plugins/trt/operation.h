@@ -50,30 +50,18 @@ class Operation {
   const std::vector<RoleParams>& roles() const { return roles_; }
 
  protected:
-  Operation(const contract::Operator& op, const nvinfer1::PluginFieldCollection* fields)
-      : op_(op), attributes_(op, fields) {}
+  // Throws Error if the fields do not fit the operator. Roles: 1, or 2 for attributes k_… and v_….
+  Operation(const contract::Operator& op, const nvinfer1::PluginFieldCollection* fields, int roles);
 
-  // Where a role's tensors are among inputs and outputs.
-  struct RoleTensors {
-    size_t codebook = 0, cache = 0, present = 0;
-  };
-
-  void AddInput(std::string name, Type type, std::vector<Dim> dims) {
-    inputs_.push_back({std::move(name), type, std::move(dims)});
-  }
-  // prefix: of the attributes, "", "k_" or "v_".
-  void AddRole(const std::string& prefix);
-  // name: "", "key " or "value ", for messages.
-  void AddCodebook(size_t role, const std::string& name);
-  void AddCache(size_t role, const std::string& name);
-  // After all inputs: the present tensors of a role.
-  void AddPresent(size_t role);
+  // The place of an input the node has.
+  size_t Input(const std::string& name) const;
 
   // As the C interface takes them; sizes of `from` that are not known stay 0.
   hqmq_role_params Params(size_t role, const Sizes& from) const;
   const float* Secondaries(size_t role, const Call& call) const;
   const float* Levels(size_t role, const Call& call) const;
-  hqmq_role_cache Cache(size_t role, void* const* tensors) const;
+  hqmq_role_cache Past(size_t role, const Call& call) const;
+  hqmq_role_cache Present(size_t role, const Call& call) const;
   // Activations [B, heads, T, D], contiguous.
   static hqmq_rows Rows(const void* data, nvinfer1::DataType type, const Sizes& sizes, Size heads,
                         Size tokens, const char* name);
@@ -82,6 +70,17 @@ class Operation {
 
   const contract::Operator& op_;
   Attributes attributes_;
+
+ private:
+  hqmq_role_cache Cache(size_t role, void* const* tensors) const;
+  // Where a role's tensors are among inputs and outputs.
+  struct RoleTensors {
+    size_t codebook, cache, present;
+  };
+  RoleParams MakeRole(const std::string& prefix) const;
+  std::vector<Dim> DimsOf(const contract::Tensor& tensor) const;
+  Output MakeOutput(const contract::Tensor& tensor) const;
+
   std::vector<RoleParams> roles_;
   std::vector<RoleTensors> tensors_;
   std::vector<TensorSpec> inputs_;

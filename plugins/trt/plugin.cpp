@@ -71,7 +71,8 @@ int32_t Plugin::getOutputDataTypes(DataType* outputs, int32_t num_outputs, const
                            : spec.type == Type::kFloat32      ? "float32"
                            : i > 0 && IsActivation(inputs[0]) ? TypeName(inputs[0])
                                                               : "float32, float16 or bfloat16";
-      throw Error("input '" + spec.name + "' is " + TypeName(inputs[i]) + ", expected " + wanted +
+      throw Error("input '" + std::string(spec.name) + "' is " + TypeName(inputs[i]) +
+                  ", expected " + wanted +
                   "; build a strongly typed network from a model exported by hqmq-trt");
     }
     for (int32_t i = 0; i < num_outputs; ++i) {

@@ -8,15 +8,7 @@ namespace {
 class Quantize final : public Operation {
  public:
   explicit Quantize(const nvinfer1::PluginFieldCollection* fields)
-      : Operation(contract::kQuantize, fields) {
-    AddRole("");
-    AddInput("x", Type::kActivation, {{kBatch}, {kHeads}, {kTokens}, {kHeadDim}});
-    AddInput("past_length", Type::kInt32, {{kBatch}});
-    AddInput("new_length", Type::kInt32, {{kBatch}});
-    AddCodebook(0, "");
-    AddCache(0, "");
-    AddPresent(0);
-  }
+      : Operation(contract::kQuantize, fields, 1) {}
 
   size_t Workspace(const Sizes& most) const override {
     const hqmq_role_params role = Params(0, most);
@@ -30,7 +22,7 @@ class Quantize final : public Operation {
     const Sizes& sizes = call.sizes;
     const hqmq_role_params role = Params(0, sizes);
     const hqmq_rows x = Rows(call.inputs[0], call.activation, sizes, kHeads, kTokens, "x");
-    const hqmq_role_cache cache = Cache(0, call.outputs);
+    const hqmq_role_cache cache = Present(0, call);
     Check(hqmq_cuda_append(&role, sizes.Int(kBatch), sizes.Int(kHeads), sizes.Int(kTokens),
                            sizes.Int(kPages), &x, static_cast<const int32_t*>(call.inputs[1]),
                            static_cast<const int32_t*>(call.inputs[2]), Secondaries(0, call),
@@ -43,23 +35,14 @@ class Quantize final : public Operation {
 class Dequantize final : public Operation {
  public:
   explicit Dequantize(const nvinfer1::PluginFieldCollection* fields)
-      : Operation(contract::kDequantize, fields) {
-    AddRole("");
-    AddInput("length", Type::kInt32, {{kBatch}});
-    AddCodebook(0, "");
-    AddCache(0, "");
-    const size_t codes = tensors_[0].cache, tail = inputs_.size() - 1;
-    outputs_.push_back({-1, false, {{tail, 0}, {tail, 1}, {codes, 2}, {tail, 3}}});
-  }
+      : Operation(contract::kDequantize, fields, 1) {}
 
   size_t Workspace(const Sizes&) const override { return 0; }
 
   void Run(const Call& call) const override {
     const Sizes& sizes = call.sizes;
     const hqmq_role_params role = Params(0, sizes);
-    // The kernel only reads the cache.
-    const hqmq_role_cache cache =
-        Cache(0, const_cast<void* const*>(call.inputs) + tensors_[0].cache);
+    const hqmq_role_cache cache = Past(0, call);
     const hqmq_rows x =
         Rows(call.outputs[0], nvinfer1::DataType::kFLOAT, sizes, kHeads, kCapacity, "x");
     Check(hqmq_cuda_load(&role, sizes.Int(kBatch), sizes.Int(kHeads), sizes.Int(kPages),

@@ -53,7 +53,7 @@ std::string Expected(const TensorSpec& spec, const Sizes& sizes,
 
 [[noreturn]] void Refuse(const TensorSpec& spec, const Shape& shape, const Sizes& sizes,
                          const std::vector<RoleParams>& roles) {
-  throw Error("input '" + spec.name + "' is " + Text(shape) + ", expected " +
+  throw Error("input '" + std::string(spec.name) + "' is " + Text(shape) + ", expected " +
               Expected(spec, sizes, roles) + "; check the optimisation profile and the shapes set");
 }
 

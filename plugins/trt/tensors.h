@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "codec/params.h"
+#include "contract_table.h"
 
 namespace hqmq::trt {
 
@@ -35,10 +36,10 @@ struct Dim {
   int64_t fixed = 0;  // of kFixed
 };
 
-enum class Type { kActivation, kInt32, kFloat16, kFloat32 };
+using contract::Type;
 
 struct TensorSpec {
-  std::string name;  // for messages: "q", "key codes"
+  const char* name;
   Type type;
   std::vector<Dim> dims;
 };
