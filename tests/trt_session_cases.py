@@ -62,8 +62,8 @@ def same_share(a: list[NDArray[Any]], b: list[NDArray[Any]]) -> float:
     return equal / total if total else 1.0
 
 
-class TrtSessionCases:
-    """Tests of one engine; see the module."""
+class TrtNumericCases:
+    """Logits and cache bytes of one engine; see the module."""
 
     def test_logits_and_cache_equal_onnx_runtime(self, engine: Path, export: Path, tolerance: float) -> None:
         with TrtSession(engine) as session:
@@ -164,6 +164,10 @@ class TrtSessionCases:
             np.testing.assert_allclose(
                 session.append([[], [*text(30, 1), *text(12, 2)]])[1], turn[1], rtol=0, atol=tolerance
             )
+
+
+class TrtSessionCases(TrtNumericCases):
+    """All tests of one engine; see the module."""
 
     def test_continuous_batching(self, engine: Path) -> None:
         requests = [Request(text(5 + 7 * i, i), 3 + i % 4, Sampling(seed=i)) for i in range(9)]

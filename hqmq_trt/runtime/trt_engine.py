@@ -79,6 +79,7 @@ def load_engine(folder: Path, manifest: EngineManifest, device: Device, verify: 
             little device memory.
     """
     from hqmq_trt.engine.plugin_library import load_plugin_library
+    from hqmq_trt.engine.refit import refit_engine
 
     trt = tensorrt()
     manifest.check_runtime(str(trt.__version__), device.compute_capability)
@@ -90,15 +91,19 @@ def load_engine(folder: Path, manifest: EngineManifest, device: Device, verify: 
         with _mapped(path) as plan:
             _check_plan(path, plan, manifest, verify)
             runtime = trt.Runtime(log)
+            if manifest.lean_runtime:
+                runtime.engine_host_code_allowed = True  # the plan brings code of its own
             try:
                 engine = runtime.deserialize_cuda_engine(plan)
             except Exception as error:  # a binding raises TypeError and its own types
                 raise HqmqError(f"{path}: TensorRT cannot read it ({error}); build the engine again") from error
-    if engine is None:
-        reason = take_errors()
-        if "out of memory" in reason.lower() or "OutOfMemory" in reason:
-            raise HqmqError(device.out_of_memory(f"the engine {path}", path.stat().st_size))
-        raise HqmqError(f"{path}: TensorRT refuses it ({reason}); build the engine again with `hqmq-trt build`")
+        if engine is None:
+            reason = take_errors()
+            if "outofmemory" in reason.lower().replace(" ", ""):
+                raise HqmqError(device.out_of_memory(f"the engine {path}", path.stat().st_size))
+            raise HqmqError(f"{path}: TensorRT refuses it ({reason}); build the engine again with `hqmq-trt build`")
+        if manifest.weight_stripped:
+            refit_engine(engine, folder, manifest)
     return runtime, engine
 
 

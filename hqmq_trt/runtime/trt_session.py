@@ -104,9 +104,7 @@ class TrtSession(Session):
         self._finalizer = weakref.finalize(self, _close, self._gpu)
         self._wide = np.empty((self.max_batch, 1, self.manifest.vocab_size), np.float32)
 
-    def step(
-        self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
-    ) -> Logits:
+    def step(self, input_ids: Any, new_length: NDArray[np.int32], logits_index: NDArray[np.int64]) -> Logits:
         """As Session.step; a run takes at most the engine's prefill_chunk tokens of a sequence, and as many rows."""
         start = self._now()
         logits = super().step(input_ids, new_length, logits_index)
