@@ -8,13 +8,17 @@
 # Defines TensorRT::Headers, TensorRT_INCLUDE_DIR and TensorRTHeaders_VERSION.
 set(_hqmq_package_dir "")
 if(NOT TensorRT_INCLUDE_DIR)
-  find_package(Python3 QUIET COMPONENTS Interpreter)
-  if(Python3_Interpreter_FOUND)
+  find_program(HQMQ_PYTHON NAMES python3 python DOC "Python whose packages are searched")
+  mark_as_advanced(HQMQ_PYTHON)
+  if(HQMQ_PYTHON)
     execute_process(
-        COMMAND "${Python3_EXECUTABLE}" -c
-                "import importlib.util as u; s = u.find_spec('kernel_lens'); print(s.submodule_search_locations[0])"
+        COMMAND "${HQMQ_PYTHON}" -c
+                "import importlib.util as u; print(u.find_spec('kernel_lens').submodule_search_locations[0])"
         OUTPUT_VARIABLE _hqmq_package_dir OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
   endif()
+elseif(NOT EXISTS "${TensorRT_INCLUDE_DIR}/NvInferVersion.h")
+  message(FATAL_ERROR "TensorRT_INCLUDE_DIR is ${TensorRT_INCLUDE_DIR}, which has no NvInferVersion.h: give the folder "
+                      "of TensorRT's headers")
 endif()
 
 set(_hqmq_suffixes include include/${CMAKE_LIBRARY_ARCHITECTURE} "")
@@ -30,7 +34,7 @@ if(NOT TensorRT_INCLUDE_DIR AND _hqmq_package_dir)
   find_path(TensorRT_INCLUDE_DIR NvInferRuntime.h PATHS "${_hqmq_package_dir}/include/tensorrt" NO_DEFAULT_PATH)
 endif()
 
-if(TensorRT_INCLUDE_DIR AND EXISTS "${TensorRT_INCLUDE_DIR}/NvInferVersion.h")
+if(TensorRT_INCLUDE_DIR)
   set(TensorRTHeaders_VERSION "")
   foreach(_hqmq_part IN ITEMS MAJOR MINOR PATCH)
     # NV_TENSORRT_MAJOR is a number or, in newer headers, a macro of the same ending.
@@ -62,5 +66,4 @@ if(TensorRTHeaders_FOUND)
         INTERFACE_SYSTEM_INCLUDE_DIRECTORIES "${TensorRT_INCLUDE_DIR}"
         INTERFACE_INCLUDE_DIRECTORIES "${TensorRT_INCLUDE_DIR}")
   endif()
-  message(STATUS "TensorRT headers ${TensorRTHeaders_VERSION}: ${TensorRT_INCLUDE_DIR}")
 endif()

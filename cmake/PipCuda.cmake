@@ -3,13 +3,13 @@
 #
 # The packages leave out two links that nvcc and CMake look for; they are made in the packages' folder. Sets
 # CMAKE_CUDA_COMPILER and CUDAToolkit_ROOT; include before the language CUDA is enabled.
-find_package(Python3 REQUIRED COMPONENTS Interpreter)
+find_program(HQMQ_PYTHON NAMES python3 python REQUIRED DOC "Python whose packages are searched")
+mark_as_advanced(HQMQ_PYTHON)
 execute_process(
-    COMMAND "${Python3_EXECUTABLE}" -c
-            "import nvidia.cu13 as m; print(next(iter(m.__path__)))"
+    COMMAND "${HQMQ_PYTHON}" -c "import nvidia.cu13 as m; print(next(iter(m.__path__)))"
     OUTPUT_VARIABLE HQMQ_PIP_CUDA_DIR OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 if(NOT EXISTS "${HQMQ_PIP_CUDA_DIR}/bin/nvcc")
-  message(FATAL_ERROR "HQMQ_PIP_CUDA is on but ${Python3_EXECUTABLE} has no nvcc: run 'pip install nvidia-cuda-nvcc==13.0.88 "
+  message(FATAL_ERROR "HQMQ_PIP_CUDA is on but ${HQMQ_PYTHON} has no nvcc: run 'pip install nvidia-cuda-nvcc==13.0.88 "
                       "nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 "
                       "nvidia-cuda-cccl==13.0.85', or install a CUDA toolkit and turn HQMQ_PIP_CUDA off")
 endif()
