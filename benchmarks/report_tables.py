@@ -1,0 +1,219 @@
+"""The tables of benchmarks/gpu_report.py: on the terminal, as Markdown, and all numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hqmq_trt.cli.output import size
+
+Result = dict[str, Any]
+Results = dict[str, dict[str, Result]]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: title, column names, rows of text; `note` stands below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title, title_justify="left", caption=self.note or None, caption_justify="left")
+        for name in self.columns:
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            table.add_row(*(escape(cell) for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """For docs/."""
+        lines = [f"**{self.title}**", "", _line(self.columns), _line(["---"] * len(self.columns))]
+        lines += [_line(row) for row in self.rows]
+        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def sheets(results: Results) -> list[Sheet]:
+    """A table for every stage that ran."""
+    made = [_engines, _texts, _plugins, _memory, _inplace, _diff, _sanitizer, _others, _failures]
+    return [sheet for make in made if (sheet := make(results)) and sheet.rows]
+
+
+def _number(value: Any, style: str = ".3g") -> str:
+    return "" if value is None else format(value, style)
+
+
+def _engines(results: Results) -> Sheet:
+    exports, rows = results.get("export", {}), []
+    for key, found in results.get("engine", {}).items():
+        export = exports.get(key, {})
+        cells = [_number(export.get("job_seconds"), ".0f"), _number(found.get("job_seconds"), ".0f")]
+        cells += [_number(found.get("build_seconds"), ".0f")]
+        plan, scratch = found.get("plan_bytes"), found.get("scratch_bytes")
+        cells += ["" if plan is None else size(plan), "" if not scratch else " / ".join(size(n) for n in scratch)]
+        rows.append([key, *cells, _passed(found)])
+    columns = ("engine", "export s", "build s", "of which TensorRT", "plan", "scratch (decode / prefill)", "")
+    return Sheet("Engines", columns, rows, "Several exports and builds ran side by side.")
+
+
+def _texts(results: Results) -> Sheet:
+    rows = []
+    for key, found in results.get("text", {}).items():
+        if "new_tokens" not in found:
+            rows.append([key, *[""] * 5, _passed(found), ""])
+            continue
+        first = found["first_divergence"]
+        equal = f"all {found['new_tokens']} equal" if first is None else f"token {first} differs"
+        gap = "" if first is None else f"{found['gap']:.3g} / {_number(found['bound'])}"
+        numbers = [_number(found["max_abs_difference"]), _number(found["mean_kl"], ".1e"), f"{found['top1']:.1%}"]
+        rows.append([key, equal, gap, *numbers, _passed(found), found["torch_kernels"]])
+    columns = ("engine", "greedy text", "gap / bound", "largest difference", "mean KL", "top-1", "", "PyTorch kernels")
+    note = (
+        "Greedy tokens against PyTorch with the same HqmqCache. gap: between PyTorch's two likeliest tokens where the "
+        "texts part; bound: what rounding can close (twice the largest change of a logit when PyTorch computes in "
+        "float32). Difference, KL and top-1 are of the logits with the engine fed PyTorch's tokens."
+    )
+    return Sheet("Text", columns, rows, note)
+
+
+def _plugins(results: Results) -> Sheet:
+    rows = []
+    for found in results.get("plugins", {}).values():
+        counts = (f"{found.get(name, '?')} {name}" for name in ("passed", "failures", "errors", "skipped"))
+        rows.append(["all tests", ", ".join(counts), "", "", "", ""])
+        for name, values in found.get("measured", {}).items():
+            cells = [_number(values.get(key), ",.0f") for key in ("words", "differing_words", "tied_tokens")]
+            rows.append([name.removeprefix("test_"), "", *cells, _number(values.get("relative_error"), ".1e")])
+    columns = ("plugins in TensorRT", "tests", "words", "differ from the host", "tied tokens", "largest relative error")
+    return Sheet("Operators", columns, rows)
+
+
+def _memory(results: Results) -> Sheet:
+    rows = []
+    for found in results.get("memory", {}).values():
+        for row in found.get("rows", []):
+            by_cuda = "" if row["by_cuda"] is None else f"{row['by_cuda']:,}"
+            where = f"{row['batch']} x {row['context']:,}" + (" (session)" if "session" in row else "")
+            cells = [f"{row['predicted']:,}", f"{row['allocated']:,}", f"{row['error']:+.3%}", by_cuda]
+            rows.append([row["engine"], where, *cells])
+    columns = ("engine", "cache", "predicted bytes", "allocated bytes", "error", "by cuMemGetInfo")
+    note = "Predicted: `hqmq-trt memory` without codebooks, which are weights. CUDA hands out memory in steps of 2 MiB."
+    return Sheet("Device memory of the cache", columns, rows, note)
+
+
+def _inplace(results: Results) -> Sheet:
+    rows = []
+    for key, found in results.get("addresses", {}).items():
+        for row in found.get("rows", []):
+            same = f"{row['tensors']} tensors, past = present" if found["ok"] else "DIFFERENT ADDRESSES"
+            cells = [f"{row['capacity']:,}", size(row["cache_bytes"]), f"{row['step_us']:.0f}", f"{row['host_us']:.0f}"]
+            rows.append([key, *cells, same])
+    traffic = results.get("ncu", {})
+    for capacity, found in sorted(results.get("traffic", {}).items(), key=lambda item: int(item[0])):
+        dram = traffic.get(capacity, {})
+        moved = (
+            f"DRAM {size(dram['read'])} read, {size(dram['write'])} written" if dram.get("ok") else "ncu: no numbers"
+        )
+        time = f"{found['step_us']:.1f}" if "step_us" in found else ""
+        cache = size(found["cache_bytes"]) if "cache_bytes" in found else ""
+        rows.append(["one HqmqAttention, 4 x 1,001 tokens", f"{int(capacity):,}", cache, time, "", moved])
+    columns = ("decode step", "capacity", "cache", "us", "host us", "")
+    note = "Lengths stay the same while the capacity grows: a copy of the cache would show as its bytes and their time."
+    return Sheet("The cache in place", columns, rows, note)
+
+
+def _diff(results: Results) -> Sheet:
+    rows = []
+    for key, found in results.get("diff", {}).items():
+        document = found.get("document", {})
+        if not found["ok"]:
+            rows.append([key, "", _passed(found)])
+        pairs = [
+            (f"{runtime} against {reference}", summary)
+            for runtime, values in document.get("runtimes", {}).items()
+            for reference, summary in values["logits"].items()
+        ]
+        if direct := document.get("tensorrt_against_onnxruntime"):
+            pairs.append(("tensorrt against onnxruntime", direct["logits"]))
+        for name, summary in pairs:
+            rows.append([key, name, ", ".join(f"{label} {_number(value)}" for label, value in summary.items())])
+    note = "unpacked, same, pinned: PyTorch with a plain cache, with an HqmqCache, with the same cache bytes."
+    return Sheet("hqmq-trt diff, 512 + 64 tokens", ("engine", "logits", ""), rows, note)
+
+
+def _sanitizer(results: Results) -> Sheet:
+    rows = []
+    for tool, found in results.get("sanitizer", {}).items():
+        counts = [str(found.get(key, "")) for key in ("tests", "kernel_reports", "other_reports", "api_reports")]
+        rows.append([tool, *counts, found.get("summary", ""), _passed(found)])
+    columns = ("compute-sanitizer", "tests", "in our kernels", "in others' kernels", "API calls", "its summary", "")
+    return Sheet("Sanitizer", columns, rows)
+
+
+def _others(results: Results) -> Sheet:
+    rows = [
+        [f"{stage} {key}", f"{found['seconds']:.0f} s", _passed(found)]
+        for stage in ("build", "convert", "samples")
+        for key, found in results.get(stage, {}).items()
+    ]
+    return Sheet("Other steps", ("step", "time", ""), rows)
+
+
+def _failures(results: Results) -> Sheet:
+    rows = [
+        [f"{stage} {key}", str(found.get("error", ""))[:500]]
+        for stage, keys in results.items()
+        for key, found in keys.items()
+        if not found["ok"]
+    ]
+    return Sheet("Failures", ("job", "why"), rows)
+
+
+def _passed(found: Result) -> str:
+    return "ok" if found["ok"] else "FAILED"
+
+
+def texts_markdown(results: Results) -> str:
+    """What each engine wrote; PyTorch's words only where they differ."""
+    parts = []
+    for key, found in results.get("text", {}).items():
+        if "text" in found:
+            parts.append(f"`{key}`: {_flat(found['text'])}\n")
+            if found["text"] != found["torch_text"]:
+                parts.append(f"`{key}`, PyTorch: {_flat(found['torch_text'])}\n")
+    return "\n".join(["**What was written**", "", *parts]) if parts else ""
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def write_report(results: Results, where: dict[str, str], output: Path) -> None:
+    """Print all tables; write report.md and report.json."""
+    heading = (
+        " · ".join(f"{where[key]}" for key in ("date", "card")) + f", driver {where['driver']} · {where['commit']}"
+    )
+    versions = ", ".join(f"{name} {where[name]}" for name in ("tensorrt", "torch", "onnxruntime", "transformers"))
+    console, made = Console(width=150), sheets(results)
+    console.print(heading, versions, sep="\n")
+    for sheet in made:
+        console.print(sheet.rich())
+    written = texts_markdown(results)
+    console.print(written, markup=False, highlight=False)
+    body = "\n".join([f"## {heading}", f"{versions}", "", *(sheet.markdown() for sheet in made), written])
+    (output / "report.md").write_text(body, encoding="utf-8")
+    (output / "report.json").write_text(json.dumps({"machine": where, "results": results}, indent=1), encoding="utf-8")
