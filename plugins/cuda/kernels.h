@@ -1,4 +1,4 @@
-// The kernels' launchers, called by cuda_api.cpp and the TensorRT plugins. Arguments were checked.
+// The kernels' launchers, called by cuda_api.cu. Arguments were checked.
 #pragma once
 
 #include "launch.h"

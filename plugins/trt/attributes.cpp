@@ -100,7 +100,8 @@ Attributes::Value Attributes::Parse(const contract::Attribute& attribute,
   } else {
     value = static_cast<double>(Load<int64_t>(field));
   }
-  if (!std::isfinite(value) || value < attribute.low || value > attribute.high) {
+  if (!std::isfinite(value)) throw Error(what + Text(value) + ", not a finite number" + kFix);
+  if (value < attribute.low || value > attribute.high) {
     throw Error(what + Text(value) + ", outside " + Text(attribute.low) + "…" +
                 Text(attribute.high) + kFix);
   }
