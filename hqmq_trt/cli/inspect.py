@@ -1,4 +1,4 @@
-"""``hqmq-trt inspect``: attention layers, cache tensors and nodes of a folder or an ONNX file."""
+"""``hqmq-trt inspect``: layers, cache tensors and nodes of an export, an engine's limits, or an ONNX file's nodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from hqmq_trt.cli.build import engine_table
 from hqmq_trt.cli.memory import scheme_row
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag, size
 from hqmq_trt.contract import ATTENTION, DEQUANTIZE, DOMAIN, QUANTIZE
+from hqmq_trt.engine.manifest import EngineManifest
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import MANIFEST_FILE, Layer, Manifest
 from hqmq_trt.scheme import ROLES, Scheme
@@ -21,7 +23,7 @@ _STANDARD_ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Exported folder, ONNX file, or Hugging Face folder.")],
+    path: Annotated[Path, typer.Argument(help="Exported folder, engine folder, ONNX file, or Hugging Face folder.")],
     context: Annotated[int, typer.Option(min=1, help="Tokens for which the cache is sized.")] = 4096,
     batch: Annotated[int, typer.Option(min=1, help="Sequences for which the cache is sized.")] = 1,
     json_mode: JsonFlag = False,
@@ -30,7 +32,9 @@ def inspect(
 ) -> None:
     """Show attention layers, cache tensors with shapes and sizes, bits and node counts."""
     output = Output(json_mode, quiet, verbose)
-    if path.is_dir() and ((path / MANIFEST_FILE).exists() or not (path / "config.json").exists()):
+    if path.is_dir() and EngineManifest.is_engine(path):
+        output.result(*_engine(path))
+    elif path.is_dir() and ((path / MANIFEST_FILE).exists() or not (path / "config.json").exists()):
         output.result(*_folder(path, context, batch))
     elif path.is_dir():
         output.result(*_hugging_face(path, context, batch))
@@ -84,6 +88,36 @@ def _folder(path: Path, context: int, batch: int) -> tuple[Any, ...]:
         },
     )
     return document, summary, _layer_table(manifest.layers), _tensor_table(tensors)
+
+
+def _engine(path: Path) -> tuple[Any, ...]:
+    """engine.json, and the cache at the engine's limits."""
+    engine, manifest = EngineManifest.load(path), Manifest.load(path)
+    tensors: list[dict[str, Any]] = [
+        {"name": name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
+        for name, spec in manifest.cache(engine.max_batch, engine.num_pages)
+    ]
+    document = {
+        "kind": "engine",
+        "scheme": manifest.scheme,
+        "mode": manifest.mode,
+        "dtype": manifest.dtype,
+        "source": manifest.source,
+        "architecture": manifest.architecture,
+        "engine": engine.model_dump(),
+        "layers": [layer.model_dump(exclude={"codebooks"}) for layer in manifest.layers],
+        "cache": tensors,
+        "cache_bytes": sum(tensor["bytes"] for tensor in tensors),
+    }
+    model = _pairs(
+        f"{manifest.architecture} from {manifest.source}",
+        {
+            "scheme": f"{manifest.scheme}, seed {manifest.seed}, pages of {manifest.page_size} tokens",
+            "mode, dtype": f"{manifest.mode}, {manifest.dtype}",
+            f"cache of {engine.max_batch} x {engine.max_context:,} tokens": size(document["cache_bytes"]),
+        },
+    )
+    return document, engine_table(path, engine), model, _layer_table(manifest.layers), _tensor_table(tensors)
 
 
 def _bits(manifest: Manifest, scheme: Scheme) -> dict[str, float]:

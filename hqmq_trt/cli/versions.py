@@ -20,6 +20,7 @@ def versions() -> dict[str, str | None]:
         "format": str(FORMAT_VERSION),
         "plugin": PLUGIN_VERSION,
         "library": _library(),
+        "plugins": _plugins(),
         "python": platform.python_version(),
     }
     for package in _PACKAGES:
@@ -36,5 +37,15 @@ def _library() -> str | None:
         from hqmq_trt.ort_library import library_version
 
         return library_version()
+    except (HqmqError, OSError):
+        return None
+
+
+def _plugins() -> str | None:
+    """Version of the TensorRT plugin library, or None when it is not built."""
+    try:
+        from hqmq_trt.engine.plugin_library import plugin_library_version
+
+        return plugin_library_version()
     except (HqmqError, OSError):
         return None
