@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hqmq_trt import cli
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.runtime import TrtSession, cuda_driver, open_session, trt_engine
+from hqmq_trt.runtime import OrtSession, TrtSession, cuda_driver, open_session, trt_engine
 from hqmq_trt.runtime.widen import widen
 from tests import simulated_gpu
 from tests.simulated_gpu import Gpu
@@ -175,8 +176,6 @@ def test_run_on_an_engine(
     engine: Path, export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`hqmq-trt run` gives the same document for both folders, with more prompts than the engine's batch."""
-    from hqmq_trt import cli
-
     documents = []
     for folder in (engine, export):
         prompts = [part for i in range(6) for part in ("-p", f"prompt {i}")]
@@ -190,6 +189,30 @@ def test_run_on_an_engine(
     assert trt["completions"] == ort["completions"]
     assert len(trt["completions"]) == 6
     assert trt["cache_bytes"] * 6 == ort["cache_bytes"] * MAX_BATCH
+
+
+def test_memory_of_an_engine(
+    engine: Path, export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def memory(*arguments: str | Path) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["hqmq-trt", "memory", *map(str, arguments)])
+        capsys.readouterr()
+        with suppress(SystemExit):
+            cli.main()
+        return capsys.readouterr()
+
+    document = json.loads(memory(engine, "--json").out)
+    with TrtSession(engine) as session:
+        assert document["by_kind"] == session.cache_nbytes()
+        assert document["cache_bytes"] <= session.device_nbytes()["cache"] <= 1.01 * document["cache_bytes"]
+    assert (document["batch"], document["context"]) == (MAX_BATCH, MAX_CONTEXT)
+    assert document["working_bytes"] == 4096
+    smaller = json.loads(memory(export, "--batch", "2", "--context", "100", "--json").out)
+    with OrtSession(export, 2, 100) as session:
+        assert smaller["by_kind"] == session.cache_nbytes()
+    assert "working memory" in memory(engine).out
+    assert "the engine holds 4 x 128 tokens, not 5 x 128" in memory(engine, "--batch", "5").err
+    assert "has its own model and scheme" in memory(engine, "--scheme", "hq3").err
 
 
 def test_without_pycuda(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,9 @@ DEFAULT_SCHEMES = ("fp16", *(name for name in PRESETS if name != "fp16"), "paper
 
 
 def memory(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Instead of --model: what `hqmq-trt export` or `build` wrote.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Known model, folder with a config.json, or a config.json."),
@@ -24,8 +28,10 @@ def memory(
     layers: Annotated[int | None, typer.Option(help="Attention layers, instead of --model.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="KV heads, instead of --model.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Elements of a head, instead of --model.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 131072,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each sequence [default: 131072, or the engine's limit].")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences [default: 1, or the engine's limit].")] = None,
     scheme: Annotated[list[str] | None, typer.Option("--scheme", "-s", help="Repeatable.")] = None,
     outlier_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of outlier chunks the paper bits of +med3 assume.")
@@ -35,8 +41,16 @@ def memory(
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
 ) -> None:
-    """Bytes of the KV cache: fp16 against each scheme, with nominal and stored bits."""
+    """Bytes of the KV cache: fp16 against each scheme, with nominal and stored bits.
+
+    For a folder: what a session takes, and on an engine its working memory besides."""
     output = Output(json_mode, quiet, verbose)
+    if folder is not None:
+        if model is not None or scheme or (layers, kv_heads, head_dim) != (None, None, None):
+            raise HqmqError(f"{folder} has its own model and scheme; give it with --context and --batch only")
+        _session_memory(output, folder, context, batch)
+        return
+    context, batch = context or 131072, batch or 1
     if known:
         _list_known(output)
         return
@@ -58,6 +72,48 @@ def memory(
         f"{context:,} tokens x {batch}: {size(dense)} in fp16"
     )
     output.result(document, *_tables(title, rows))
+
+
+def _session_memory(output: Output, folder: Path, context: int | None, batch: int | None) -> None:
+    """Memory of a session on an exported model or an engine: the cache by kind of tensor, and what else is known."""
+    from hqmq_trt.engine.manifest import EngineManifest
+    from hqmq_trt.manifest import Manifest
+
+    manifest = Manifest.load(folder)
+    engine = EngineManifest.load(folder) if EngineManifest.is_engine(folder) else None
+    batch = batch or (engine.max_batch if engine else 1)
+    context = context or (engine.max_context if engine else manifest.max_position)
+    if engine and (batch > engine.max_batch or context > engine.max_context):
+        raise HqmqError(
+            f"{folder}: the engine holds {engine.max_batch} x {engine.max_context} tokens, not {batch} x {context}; "
+            "build it with --max-batch and --max-context"
+        )
+    num_pages = -(-context // manifest.page_size)
+    kinds: dict[str, int] = {}
+    for name, tensor in manifest.cache(batch, num_pages):
+        kind = name.rsplit(".", 1)[1]
+        kinds[kind] = kinds.get(kind, 0) + tensor.nbytes
+    document: dict[str, Any] = {
+        "folder": str(folder),
+        "scheme": manifest.scheme,
+        "context": num_pages * manifest.page_size,
+        "batch": batch,
+        "cache_bytes": sum(kinds.values()),
+        "by_kind": kinds,
+        "fp16_bytes": 4 * context * batch * sum(layer.num_kv_heads * layer.head_dim for layer in manifest.layers),
+    }
+    table = Table(title=f"{folder}: {manifest.scheme}, {batch} x {document['context']:,} tokens", title_justify="left")
+    for column in ("", "bytes"):
+        table.add_column(column, justify="right" if column else "left")
+    for kind, nbytes in kinds.items():
+        table.add_row(kind, size(nbytes))
+    table.add_row("cache", size(document["cache_bytes"]), style="bold")
+    table.add_row("the same in fp16", size(document["fp16_bytes"]))
+    if engine:
+        document["plan_bytes"], document["working_bytes"] = engine.plan_size, max(engine.device_memory_bytes)
+        table.add_row("plan: weights and kernels", size(engine.plan_size))
+        table.add_row("working memory", size(document["working_bytes"]))
+    output.result(document, table)
 
 
 def scheme_row(

@@ -125,7 +125,9 @@ class StepInputs:
         self._device.driver.memcpy_htod_async(int(self._memory) + start, self._host[start:], stream)
 
     def free(self) -> None:
-        """Give the device memory back; a second call does nothing."""
+        """Give device and pinned memory back; a second call does nothing."""
         if self._memory is not None:
             self._memory.free()
             self._memory = None
+            self._host = np.empty(0, np.uint8)
+            self.host = {}

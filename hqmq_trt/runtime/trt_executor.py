@@ -145,6 +145,8 @@ class TrtExecutor:
 
     def download(self, address: int, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         """Host copy of contiguous device memory."""
+        if self.closed:
+            raise HqmqError(f"{self._folder}: the session is closed; open it again")
         out = np.empty(tuple(shape), dtype)
         with self.device:
             if out.size:
