@@ -20,12 +20,14 @@ samples    builds samples/cpp and compares its tokens with the Python session's
 tables     report.json and report.md in --output, and the tables on stdout, from all stages that have run so far
 
 Jobs run side by side in processes of their own. A failure is recorded and the rest goes on; the exit code is 1 if
-anything failed. Results and logs stay in --work, and a later call goes on from there (--again repeats).
+anything failed. Results and logs stay in --work, and a later call goes on from there (--again repeats); so the whole
+can be cut into calls of limited length with --deadline.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -72,6 +74,7 @@ def main(
     again: Annotated[bool, typer.Option("--again", help="Repeat jobs that succeeded before.")] = False,
     cmake: Annotated[list[str] | None, typer.Option(help="More arguments for cmake, such as -DTensorRT_ROOT=…")] = None,
     keep_exports: Annotated[bool, typer.Option("--keep-exports", help="Keep ONNX files after their engines.")] = False,
+    deadline: Annotated[float, typer.Option(help="Seconds for this call; what is left goes into the next.")] = 3600.0,
     commit: Annotated[str | None, typer.Option(help="Where git cannot tell.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print the plan and exit.")] = False,
 ) -> None:
@@ -97,6 +100,7 @@ def main(
         again=again,
         cmake=cmake or [],
         keep_exports=keep_exports,
+        deadline=time.monotonic() + deadline,
     )
     if not options.models and wanted & {"export", "engines", "text", "memory", "diff", "samples"}:
         raise typer.BadParameter("give a --model, or only the stages build, plugins, sanitizer, inplace and tables")

@@ -252,8 +252,36 @@ def addresses(engine: str, steps: int) -> Result:
     return {"rows": rows, "ok": same, "error": None if same else "past and present have different addresses"}
 
 
+def sample(engine: str, build: str, cmake: list[str], prompt: str, count: int) -> Result:
+    """Build samples/cpp against the TensorRT that Python uses; its greedy tokens must be the session's."""
+    import subprocess
+
+    from hqmq_trt.engine.plugin_library import find_plugin_library
+    from hqmq_trt.manifest import Manifest
+    from hqmq_trt.runtime.tokenizer import Tokenizer
+    from hqmq_trt.runtime.trt_engine import tensorrt
+    from hqmq_trt.runtime.trt_session import TrtSession
+
+    ids = list(Tokenizer(Path(engine), Manifest.load(engine)).encode(prompt))
+    with TrtSession(engine, max_batch=1) as session:
+        wanted, _ = follow(lambda tokens: session.append([list(tokens)])[0], ids, count)
+    tensorrt()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").split()
+    library = next(path for path in maps if Path(path).name.startswith("libnvinfer.so"))
+    configure = ["cmake", "-S", "samples/cpp", "-B", build, f"-DTensorRT_LIBRARY={library}", *cmake]
+    for command in (configure, ["cmake", "--build", build]):
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    program = [f"{build}/hqmq_decode", engine, str(find_plugin_library()), "-n", str(count)]
+    done = subprocess.run([*program, "--tokens", ",".join(map(str, ids))], capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    found = [int(word) for word in done.stdout.split()] if done.returncode == 0 else []
+    same = found == wanted
+    problem = None if same else f"exit code {done.returncode}, or tokens that differ from the Python session's"
+    return {"ok": same, "error": problem, "tokens": len(found), "speed": done.stderr.strip()}
+
+
 JOBS: dict[str, Callable[..., Result]] = {
-    job.__name__: job for job in (convert, export, engine, text, memory, addresses)
+    job.__name__: job for job in (convert, export, engine, text, memory, addresses, sample)
 }
 
 

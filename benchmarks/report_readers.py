@@ -58,8 +58,9 @@ def read_sanitizer(output: str, code: int) -> Result:
             ours += 1
         else:
             others += 1
-    passed = re.search(r"(\d+) passed", output)
-    failed = re.search(r"(\d+) (failed|error)", output)
+    # pytest's last line, such as "1 failed, 2 passed in 3.00s"
+    tests = next((line for line in output.splitlines() if re.match(r"\d.* passed.* in [\d.]+s", line)), "")
+    passed, failed = re.search(r"(\d+) passed", tests), re.search(r"(failed|error)", tests)
     found |= {"kernel_reports": ours, "other_reports": others, "api_reports": api}
     found["tests"] = int(passed[1]) if passed else 0
     found["ok"] = bool(summary and passed) and not failed and not ours

@@ -10,11 +10,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +77,7 @@ class Options:
     again: bool
     cmake: list[str]
     keep_exports: bool
+    deadline: float
 
     def combos(self) -> list[Combo]:
         """All engines, the models in turn so that small and large ones run side by side."""
@@ -99,7 +102,7 @@ class Stages:
         self.results = work / "results"
         for folder in ("results", "logs", "models", "onnx", "engines", "plans"):
             (work / folder).mkdir(parents=True, exist_ok=True)
-        self._slots = {"export": Semaphore(6), "engine": Semaphore(4), "text": Semaphore(4), "convert": Semaphore(4)}
+        self._slots = {"export": Semaphore(5), "engine": Semaphore(4), "text": Semaphore(3), "convert": Semaphore(4)}
 
     def run(self, wanted: set[str]) -> None:
         """Run the stages asked for: chains of one engine each side by side, then what needs a quiet GPU."""
@@ -157,7 +160,7 @@ class Stages:
         """Export, build and read one engine; a step is left out when the one before failed."""
         options, model = self.options, self.model(combo.model)
         onnx, engine = str(self.onnx(combo)), str(self.engine(combo))
-        if "export" in wanted and not self.engine(combo).is_dir():
+        if "export" in wanted and (options.again or not self.engine(combo).is_dir()):
             arguments = {"model": model, "output": onnx, "mode": combo.mode, "scheme": combo.scheme}
             if not self.job("export", combo.key, arguments, 300)["ok"]:
                 return
@@ -178,9 +181,9 @@ class Stages:
             self.plugins()
         if "sanitizer" in wanted and not any((self.work / "plans").glob("*.plan")):
             # Building engines under the sanitizer would take minutes.
-            self._keep(
-                "sanitizer", "all", {"ok": False, "error": "there are no plans: run stage plugins", "seconds": 0.0}
-            )
+            missing: Result = {"ok": False, "error": "there are no plans: run stage plugins", "seconds": 0.0}
+            for tool in SANITIZED:
+                self._keep("sanitizer", tool, missing)
         elif "sanitizer" in wanted:
             self._all([partial(self.sanitizer, tool) for tool in SANITIZED])
 
@@ -206,7 +209,8 @@ class Stages:
             base = [sys.executable, "-m", "benchmarks.report_traffic", str(capacity)]
             self.command("traffic", str(capacity), base, 120, read_last_json)
             metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
-            ncu = ["ncu", "--graph-profiling", "graph", "--profile-from-start", "off", "--metrics", metrics, "--csv"]
+            ncu = ["ncu", "--graph-profiling", "graph", "--profile-from-start", "off", "--metrics", metrics]
+            ncu += ["--csv", "--print-units", "base"]
             self.command("ncu", str(capacity), [*ncu, *base, "--profile"], 150, read_ncu)
 
     def diff(self, combo: Combo) -> None:
@@ -220,10 +224,11 @@ class Stages:
         """Build samples/cpp and compare what it decodes with the Python session."""
         engine = next((self.engine(c) for c in self.options.combos() if self.engine(c).is_dir()), None)
         if engine is None:
-            self._keep("samples", "cpp", {"ok": False, "error": "there is no engine to run", "seconds": 0.0})
+            self._keep("sample", "cpp", {"ok": False, "error": "there is no engine to run", "seconds": 0.0})
             return
-        command = [sys.executable, "-m", "benchmarks.report_sample", str(engine), str(self.work / "sample")]
-        self.command("samples", "cpp", command, 180, read_last_json)
+        arguments: Result = {"engine": str(engine), "build": str(self.work / "sample"), "cmake": self.options.cmake}
+        arguments |= {"prompt": self.options.prompt, "count": self.options.tokens}
+        self.job("sample", "cpp", arguments, 180)
 
     def job(self, job: str, key: str, arguments: Result, seconds: float) -> Result:
         """Run a job of benchmarks.report_jobs in its own process; its result, with ``ok``."""
@@ -263,6 +268,11 @@ class Stages:
             if found["ok"]:
                 log(f"{stage} {key}: done before")
                 return found
+        left = self.options.deadline - time.monotonic()
+        if left < 5:
+            return self._keep(
+                stage, key, {"ok": False, "error": "the time was up: run the stage again", "seconds": 0.0}
+            )
         threads = str(max((os.cpu_count() or 4) // 4, 1))
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": _python_path(), **(env or {})}
         environment |= {"HQMQ_TEST_PLANS": str(self.work / "plans")}
@@ -270,15 +280,7 @@ class Stages:
         log(f"{stage} {key}: started")
         started = time.monotonic()
         with output_file.open("w", encoding="utf-8") as file:
-            try:
-                code = subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, cwd=ROOT, env=environment
-                ).returncode
-                problem = f"exit code {code}" if code else ""
-            except subprocess.TimeoutExpired:
-                code, problem = -1, f"not done after {seconds:.0f} s"
-            except OSError as error:
-                code, problem = -1, str(error)
+            code, problem = _run(command, file, environment, min(seconds, left))
         took = time.monotonic() - started
         output = output_file.read_text(encoding="utf-8", errors="replace")
         try:
@@ -322,6 +324,25 @@ _PYTEST = [
     "no:cacheprovider",
     "tests/gpu/test_trt_plugins.py",
 ]
+
+
+def _run(command: list[str], file: Any, environment: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Exit code and what went wrong; after `seconds` the command ends with all that it started."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+    except OSError as error:
+        return -1, str(error)
+    try:
+        code = process.wait(seconds)
+        return code, f"exit code {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        return -1, f"not done after {seconds:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _python_path() -> str:

@@ -166,11 +166,13 @@ def _sanitizer(results: Results) -> Sheet:
 
 def _others(results: Results) -> Sheet:
     rows = [
-        [f"{stage} {key}", f"{found['seconds']:.0f} s", _passed(found)]
-        for stage in ("build", "convert", "samples")
+        [f"{stage} {key}", f"{found['seconds']:.0f} s", _passed(found), str(found.get("speed", ""))]
+        for stage in ("build", "convert", "sample")
         for key, found in results.get(stage, {}).items()
     ]
-    return Sheet("Other steps", ("step", "time", ""), rows)
+    return Sheet(
+        "Other steps", ("step", "time", "", ""), rows, "sample cpp: its tokens are those of the Python session."
+    )
 
 
 def _failures(results: Results) -> Sheet:

@@ -1,0 +1,184 @@
+"""The parts of the GPU machine's programs that need no GPU: what they read, plan and compare."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+from benchmarks.decode_cases import Shape, TorchDecoder, plan_points, random_model
+from benchmarks.engine import Point, finish, measure, sequences_that_fit, table, targets
+from benchmarks.gpu_report import parse_model
+from benchmarks.report_jobs import compare_logits, follow
+from benchmarks.report_readers import last_words, read_document, read_junit, read_ncu, read_sanitizer
+from benchmarks.report_stages import Combo, Options, Stages
+from benchmarks.report_tables import sheets, write_report
+
+TINY = Shape(layers=2, vocab=64, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96)
+
+
+class FakeDecoder:
+    """Takes 1 ms a sequence and thousand tokens; at most `fits` tokens in all."""
+
+    def __init__(self, batch: int, context: int, fits: int) -> None:
+        if batch * context > fits:
+            raise MemoryError
+        self.batch, self.context = batch, context
+
+    def measure(self, batch: int, context: int, seconds: float) -> dict[str, Any]:
+        assert batch <= self.batch
+        assert context <= self.context
+        return {"ms": batch * context / 1000, "fill_ms": None, "host_us": 10.0, "repeats": 3}
+
+    def close(self) -> None:
+        pass
+
+
+def test_points_that_do_not_fit_are_measured_with_fewer_sequences_and_none_is_lost() -> None:
+    points = [Point(b, b, c) for b, c in plan_points([1024, 32768, 65536, 524288], [1, 8])]
+    rows: list[dict[str, Any]] = []
+    measure("hq3", lambda b, c: FakeDecoder(b, c, 300_000), points, time.monotonic() + 60, 0.1, rows)
+    assert {(row["batch_asked"], row["context"]) for row in rows} == {(p.asked, p.context) for p in points}
+    found = {(row["batch_asked"], row["context"]): row for row in rows}
+    assert found[8, 32768]["batch"] == 8
+    assert found[8, 65536]["batch"] == 4
+    assert found[1, 524288]["skipped"] == "out of memory with one sequence"
+    finish(rows, layers=8)
+    assert found[8, 32768]["ms_32_layers"] == pytest.approx(4 * found[8, 32768]["ms"])
+    assert table(rows, "t").row_count == len(rows)
+
+
+def test_points_after_the_deadline_are_listed_as_skipped() -> None:
+    rows: list[dict[str, Any]] = []
+    points = [Point(1, 1, 1024)]
+    measure("hq3", lambda b, c: FakeDecoder(b, c, 10**9), points, time.monotonic() - 1, 0.1, rows)
+    assert rows[0]["skipped"] == "the time was up"
+
+
+def test_the_focus_is_measured_first_and_targets_follow_from_rows() -> None:
+    points = plan_points([1024, 4096, 32768], [1, 8])
+    assert points[0] == (8, 32768)
+    rows: list[dict[str, Any]] = []
+    for case, speed in (("fp16", 2.0), ("hq3", 1.0)):
+        for batch, context in points:
+            row = {"case": case, "batch_asked": batch, "batch": batch, "context": context, "ms": speed * context}
+            rows.append(row | {"host_us": 60.0, "fill_ms": None, "repeats": 3})
+    finish(rows, layers=8)
+    reached = [target["reached"] for target in targets(rows, sequences_that_fit(["fp16", "hq3"]))]
+    assert reached == [True, True, False, True]
+
+
+def test_the_torch_baseline_is_the_transformers_model() -> None:
+    model = random_model(TINY, "cpu", torch.float32)
+    decoder = TorchDecoder(model, TINY, batch=2, context=32)
+    ids = torch.randint(0, TINY.vocab, (2, 20))
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        for position in range(20):
+            found = decoder.forward(ids[:, position : position + 1], position)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sanitizer_reports_are_counted_by_whose_kernel_it_was() -> None:
+    report = """
+========= Invalid __global__ write of size 4 bytes
+=========     at void hqmq::cuda::Append<1>(int)+0x70
+=========     by thread (0,0,0) in block (0,0,0)
+=========     Address 0x7f00 is out of bounds
+=========
+========= Uninitialized __global__ memory read of size 2 bytes
+=========     at void genericReformat::copy(int)+0x10
+=========     by thread (1,0,0) in block (0,0,0)
+=========
+========= Program hit cudaErrorNotReady (error 600) due to "device not ready" on CUDA API call to cudaEventQuery.
+3 passed in 4.00s
+========= ERROR SUMMARY: 3 errors
+"""
+    found = read_sanitizer(report, 0)
+    assert (found["kernel_reports"], found["other_reports"], found["api_reports"]) == (1, 1, 1)
+    assert not found["ok"]
+    clean = read_sanitizer("3 passed in 1s\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n", 0)
+    assert clean["ok"]
+    assert clean["tests"] == 3
+    assert not read_sanitizer("========= ERROR SUMMARY: 0 errors\n", 0)["ok"], "no test ran"
+    assert not read_sanitizer("1 failed, 2 passed in 1s\n========= ERROR SUMMARY: 0 errors\n", 0)["ok"]
+
+
+def test_ncu_bytes_are_summed() -> None:
+    line = (
+        '"0","1","python","host","graph","1","7","(1)","(1)","0","9.0","Command line","dram__bytes_{}.sum","byte","{}"'
+    )
+    found = read_ncu("\n".join([line.format("read", "1,024"), line.format("write", "12"), line.format("read", "6")]), 0)
+    assert found == {"ok": True, "read": 1030.0, "write": 12.0}
+    assert not read_ncu("==ERROR== ERR_NVGPUCTRPERM", 1)["ok"]
+
+
+def test_junit_properties_are_summed_by_test(tmp_path: Path) -> None:
+    cases = "".join(
+        f'<testcase name="test_bytes[{i}-torch.float16]"><properties><property name="words" value="{i}"/>'
+        f'<property name="relative_error" value="0.{i}"/></properties></testcase>'
+        for i in (1, 2)
+    )
+    suite = f'<testsuite tests="3" failures="1" errors="0" skipped="0">{cases}'
+    path = tmp_path / "a.xml"
+    path.write_text(f'<testsuites>{suite}<testcase name="test_bad"><failure/></testcase></testsuite></testsuites>')
+    found = read_junit(path)
+    assert found["measured"] == {"test_bytes float16": {"words": 3.0, "relative_error": 0.2}}
+    assert (found["passed"], found["failed"], found["ok"]) == (2, ["test_bad"], False)
+
+
+def test_logits_are_compared_and_teacher_forcing_feeds_what_was_given() -> None:
+    fed: list[list[int]] = []
+
+    def step(tokens: Any) -> Any:
+        fed.append(list(tokens))
+        return np.eye(5, dtype=np.float32)[(sum(map(len, fed)) * 2) % 5]
+
+    tokens, logits = follow(step, [1, 2, 3], 4, given=[4, 4, 4, 4])
+    assert fed == [[1, 2, 3], [4], [4], [4]]
+    assert tokens == [1, 3, 0, 2]
+    assert compare_logits(logits, logits) == {"max_abs_difference": 0.0, "mean_kl": 0.0, "top1": 1.0}
+    other = compare_logits(logits, logits[::-1])
+    assert other["top1"] == 0
+    assert other["mean_kl"] > 0.1
+
+
+def test_models_on_the_command_line() -> None:
+    assert parse_model("a=/x/y") == ("a", ("/x/y", None))
+    assert parse_model("a=/x/y:z.gguf") == ("a", ("/x/y", "z.gguf"))
+    with pytest.raises(typer.BadParameter, match="NAME=FOLDER"):
+        parse_model("/x/y")
+
+
+def test_a_failing_job_is_recorded_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(
+        {"m": ("nowhere", None)}, ["fused"], ["hq4"], False, [], 1, 64, 16, 4, "x", 2, 60.0, False, [], False,
+        time.monotonic() + 100,
+    )  # fmt: skip
+    stages = Stages(tmp_path / "work", options)
+    assert options.combos() == [Combo("m", "fused", "hq4")]
+    assert Combo("m", "qdq", "paper:s96_r4+med3").key == "m.qdq.paper_s96_r4_med3"
+    failed = stages.command("build", "configure", ["sh", "-c", "echo no [compiler] here; exit 3"], 10)
+    assert failed["error"] == "exit code 3: no [compiler] here"
+    assert stages.command("build", "slow", ["sleep", "30"], 1)["error"].startswith("not done after 1 s")
+    assert stages.command("diff", "e", ["sh", "-c", 'echo note; echo "{\\"a\\": 1}"'], 10, read_document)["ok"]
+    again = stages.command("diff", "e", ["false"], 10)
+    assert again["document"] == {"a": 1}, "what succeeded is not run again"
+    results = stages.collect()
+    where = dict.fromkeys(("date", "card", "driver", "commit", "tensorrt", "torch", "onnxruntime", "transformers"), "?")
+    write_report(results, where, tmp_path)
+    assert "no [compiler] here" in capsys.readouterr().out
+    assert "| build configure | exit code 3: no [compiler] here |" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["results"]["diff"]["e"]["ok"]
+    assert sheets({}) == []
+
+
+def test_the_exception_is_the_last_word() -> None:
+    text = 'Traceback\n  File "a.py", line 1\n    raise X\n    ^^^^^^^\nhqmq_trt.errors.HqmqError: no GPU\n'
+    assert last_words(text).endswith("hqmq_trt.errors.HqmqError: no GPU")
