@@ -133,7 +133,10 @@ def prepare(scheme: str, shape: Shape, work: str, batch: int, context: int, devi
     if not (model_folder / "manifest.json").is_file():
         # The same weights as PyTorch's, which come from the GPU's generator.
         model = random_model(shape, device, _dtype(device)).cpu()
+        if device == "cuda":
+            torch.cuda.empty_cache()  # the builder wants the memory
         export_model(model, model_folder, scheme)
+        del model
         log(f"{scheme}: exported after {time.monotonic() - started:.0f} s")
     if device == "cuda" and not (engine_folder / "engine.json").is_file():
         from hqmq_trt.engine.builder import build_engine

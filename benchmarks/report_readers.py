@@ -89,6 +89,11 @@ def read_last_json(output: str, code: int) -> Result:
     return {"ok": False}
 
 
+def read_words(output: str, code: int) -> Result:
+    """What a program for people said, in one line."""
+    return {"ok": code == 0, "speed": " ".join(output.split())[:400]}
+
+
 def read_document(output: str, code: int) -> Result:
     """The one JSON document of a command with --json, after whatever was written to stderr."""
     start = output.find("\n{") + 1 if not output.startswith("{") else 0

@@ -24,7 +24,15 @@ from threading import Semaphore
 from typing import Any
 
 from benchmarks.machine import log
-from benchmarks.report_readers import last_words, read_document, read_junit, read_last_json, read_ncu, read_sanitizer
+from benchmarks.report_readers import (
+    last_words,
+    read_document,
+    read_junit,
+    read_last_json,
+    read_ncu,
+    read_sanitizer,
+    read_words,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
@@ -118,7 +126,7 @@ class Stages:
             self._all(chains)
         engines = {c.key: str(self.engine(c)) for c in options.combos() if self.engine(c).is_dir()}
         if "memory" in wanted:
-            self.job("memory", "all", {"engines": engines}, 120)
+            self.job("memory", "all", {"engines": engines}, 240)
         if "inplace" in wanted:
             self.inplace(list(engines.items()))
         late: list[Callable[[], Any]] = []
@@ -221,7 +229,7 @@ class Stages:
         self.command("diff", combo.key, command, self.options.limit, read_document)
 
     def samples(self) -> None:
-        """Build samples/cpp and compare what it decodes with the Python session."""
+        """Build samples/cpp and compare what it decodes with the Python session; chat and `hqmq-trt run` once."""
         engine = next((self.engine(c) for c in self.options.combos() if self.engine(c).is_dir()), None)
         if engine is None:
             self._keep("sample", "cpp", {"ok": False, "error": "there is no engine to run", "seconds": 0.0})
@@ -229,6 +237,12 @@ class Stages:
         arguments: Result = {"engine": str(engine), "build": str(self.work / "sample"), "cmake": self.options.cmake}
         arguments |= {"prompt": self.options.prompt, "count": self.options.tokens}
         self.job("sample", "cpp", arguments, 180)
+        run = [sys.executable, "-m", "hqmq_trt.cli", "run", str(engine), "-n", "32", "-p", self.options.prompt]
+        self.command("sample", "run", run, 120, read_words)
+        chat = (
+            f"printf 'Why is the sky blue?\\nSay it in one line.\\n' | {sys.executable} samples/chat.py {engine} -n 32"
+        )
+        self.command("sample", "chat", ["sh", "-c", chat], 120, read_words)
 
     def job(self, job: str, key: str, arguments: Result, seconds: float) -> Result:
         """Run a job of benchmarks.report_jobs in its own process; its result, with ``ok``."""
