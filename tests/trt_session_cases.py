@@ -237,11 +237,13 @@ class TrtSessionCases(TrtNumericCases):
         with TrtSession(engine, 1, cuda_graph=cuda_graph) as session:
             session.append([text(20)])
             session.decode([1])
-            session.reset_host_time()
+            assert session.host_steps == 0  # it prepared the batch size
             for token in range(10):
                 session.decode([token])
             assert session.host_steps == 10
             assert 0 < session.host_seconds < 1
+            session.reset_host_time()
+            assert (session.host_seconds, session.host_steps) == (0, 0)
 
     def test_bad_input_leaves_the_session_usable(self, engine: Path) -> None:
         one, zero = np.ones(1, np.int32), np.zeros((1, 1), np.int64)

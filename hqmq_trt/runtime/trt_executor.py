@@ -32,6 +32,7 @@ class TrtExecutor:
         device, arena: where it runs, and the cache.
         logits_dtype: of the engine's output; bfloat16 appears as uint16.
         wait_seconds: time spent waiting for the GPU so far.
+        prepared: decode contexts made and graphs captured so far.
 
     Raises:
         HqmqError: see load_engine; too little device memory; an engine whose tensors are not the manifest's.
@@ -57,7 +58,7 @@ class TrtExecutor:
         self._sizes: dict[str, int] = {}
         self._prefill: Any = None
         self._prefill_batch = 0
-        self.wait_seconds = 0.0
+        self.wait_seconds, self.prepared = 0.0, 0
         self.closed = False
         try:
             with self.device:
@@ -201,11 +202,13 @@ class TrtExecutor:
             self._shapes(context, batch, 1, 1)
             self._call(context.set_tensor_address("logits", int(self._memory["logits"])), "bind logits")
             self._decode_contexts[batch] = context
+            self.prepared += 1
         enqueue = partial(self._enqueue_decode, context, batch, to_host)
         enqueue()  # TensorRT prepares itself in the first run after a change of shapes, which cannot be captured
         self._wait()
         if self._cuda_graph:
             self._graphs[key] = Graph(self.device, self.stream, enqueue)
+            self.prepared += 1
 
     def _enqueue_decode(self, context: Any, batch: int, to_host: bool) -> None:
         self._decode_inputs.upload(self.stream)

@@ -72,7 +72,8 @@ class TrtSession(Session):
     Attributes:
         engine_manifest: engine.json.
         host_seconds, host_steps: time that `decode`, `decode_device` and steps of one token spent on the host, not
-            waiting for the GPU, and how many there were. `reset_host_time` sets both to 0.
+            waiting for the GPU, and how many there were, but for those that made a context or a graph.
+            `reset_host_time` sets both to 0.
 
     Raises:
         HqmqError: no GPU, TensorRT or pycuda; an engine of another TensorRT version or GPU; a missing or foreign
@@ -232,13 +233,14 @@ class TrtSession(Session):
         if self._gpu.closed:
             raise HqmqError(f"{self.folder}: the session is closed; open it again")
 
-    def _now(self) -> float:
-        """A clock that stands still while this session waits for the GPU."""
-        return time.perf_counter() - self._gpu.wait_seconds
+    def _now(self) -> tuple[float, int]:
+        """A clock that stands still while this session waits for the GPU, and what was prepared so far."""
+        return time.perf_counter() - self._gpu.wait_seconds, self._gpu.prepared
 
-    def _count(self, start: float, decodes: bool = True) -> None:
-        if decodes:
-            self.host_seconds += self._now() - start
+    def _count(self, start: tuple[float, int], decodes: bool = True) -> None:
+        now = self._now()
+        if decodes and now[1] == start[1]:
+            self.host_seconds += now[0] - start[0]
             self.host_steps += 1
 
 
