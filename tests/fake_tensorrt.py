@@ -99,7 +99,9 @@ class FakeTensorRT(SimpleNamespace):
     """Stands in sys.modules for tensorrt. `failure`: None, or what goes wrong: ``parse``, ``memory``."""
 
     def __init__(self, version: str = "10.6.0", failure: str | None = None) -> None:
-        self.failure, self.configs, self.networks = failure, [], []
+        self.failure = failure
+        self.configs: list[Config] = []
+        self.networks: list[Network] = []
         self.models: list[onnx.ModelProto] = []
         self.log: Any = None
         names = ("STRIP_PLAN", "REFIT_IDENTICAL", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "TF32")

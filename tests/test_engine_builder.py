@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def export(tiny_export: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeTensorRT]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeTensorRT]]:
     """Puts a stand-in for TensorRT, the GPU and the plugin library in place."""
 
     def install(**options: Any) -> FakeTensorRT:
@@ -120,7 +120,7 @@ def test_build(export: Path, tmp_path: Path, fake: Callable[..., FakeTensorRT]) 
     assert engine.device_memory_bytes == [1000, 2000]
     model, manifest = Manifest.load(export), Manifest.load(tmp_path / "e", hashes=True)
     assert {**dict(manifest), "files": 0} == {**dict(model), "files": 0}
-    assert (tmp_path / "e" / manifest.engine_file).read_bytes() == PLAN
+    assert (tmp_path / "e" / str(manifest.engine_file)).read_bytes() == PLAN
     assert [file.sha256 for file in engine.source_model] == [f.sha256 for f in model.files if f.purpose == "model"]
     assert trt.networks[0].flags == 1 << 1
     assert not trt.models[0].functions
@@ -153,7 +153,8 @@ def test_options(export: Path, tmp_path: Path, fake: Callable[..., FakeTensorRT]
 
 def test_timing_cache(export: Path, tmp_path: Path, fake: Callable[..., FakeTensorRT]) -> None:
     """Reused when TensorRT takes it, replaced with a note when it does not."""
-    trt, notes = fake(), []
+    trt = fake()
+    notes: list[str] = []
     path = tmp_path / "folder" / "timing.cache"
     for content, taken in ((None, b""), (CACHE, CACHE), (b"damaged", b"")):
         if content is not None:
