@@ -43,6 +43,7 @@ class Config:
         self.pools: dict[str, int] = {}
         self.profiles: list[Profile] = []
         self.progress_monitor: Any = None
+        self.builder_optimization_level: int | None = None
         self.cache: TimingCache | None = None
         self.taken: list[bytes] = []
 

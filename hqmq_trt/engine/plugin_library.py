@@ -14,6 +14,8 @@ from hqmq_trt.format import FORMAT_VERSION
 from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE, library_path
 
 TRT_LIBRARY = "libhqmq_trt.so"
+_SOURCE_TREE = "0+unknown"
+"""Version of a package that was not installed; then only the format tells whether the library fits."""
 _REBUILD = f"rebuild it (docs/tensorrt.md), or set {LIBRARY_DIR_VARIABLE} to the folder of a fitting one"
 
 
@@ -47,7 +49,7 @@ def _checked(path: Path, expected_format: int, expected_version: str) -> tuple[s
         raise HqmqError(
             f"{path}: is built for format version {found}, this package needs {expected_format}; {_REBUILD}"
         )
-    if version != expected_version:
+    if expected_version not in (version, _SOURCE_TREE):
         raise HqmqError(f"{path}: is of hqmq-trt {version}, this package is {expected_version}; {_REBUILD}")
     return version, headers
 
