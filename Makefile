@@ -3,10 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build/dev
+# CUDA kernels and TensorRT plugins: for this machine's GPU; without one for the H100. ARCH="80;89" names others.
+CUDA_BUILD := build/trt
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9.]*' | head -n 1 | tr -d .)
+ARCH ?= $(patsubst 90,90a,$(or $(GPU),90))-real
+# nvcc of a toolkit if there is one, else of requirements/cuda.txt.
+CUDACXX ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+export CUDACXX
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup build demo test lint format bench clean
+.PHONY: help setup build plugins demo test lint format bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -28,10 +35,22 @@ build: setup ## Compile the C++ libraries into hqmq_trt/_lib
 	cmake --build $(BUILD)
 	cmake --install $(BUILD) --prefix . >/dev/null
 
-demo: build ## SmolLM2-135M with an hq4 cache beside fp16, in ONNX Runtime
+$(VENV)/cuda/.ready: requirements/cuda.txt $(VENV)/.ready
+	test -x $(VENV)/cuda/bin/python || uv venv --quiet --python $(BIN)/python $(VENV)/cuda
+	$(if $(CUDACXX),grep kernel-lens,cat) requirements/cuda.txt >$(VENV)/cuda/wanted.txt
+	uv pip install --quiet --no-deps --python $(VENV)/cuda/bin/python -r $(VENV)/cuda/wanted.txt
+	touch $@
+
+plugins: setup $(VENV)/cuda/.ready ## All of build, and the CUDA kernels and TensorRT plugins (no GPU needed)
+	cmake --preset trt -DCMAKE_CUDA_ARCHITECTURES="$(ARCH)" -DHQMQ_PIP_CUDA=$(if $(CUDACXX),OFF,ON) \
+	  -DPython3_EXECUTABLE=$(CURDIR)/$(VENV)/cuda/bin/python
+	cmake --build $(CUDA_BUILD)
+	cmake --install $(CUDA_BUILD) --prefix . >/dev/null
+
+demo: $(if $(GPU),plugins,build) ## SmolLM2-135M with an hq4 cache beside fp16, in ONNX Runtime
 	$(BIN)/python samples/demo.py
 
-test: build lint ## All tests that this machine can run
+test: plugins lint ## All tests that this machine can run
 	$(BIN)/python -m pytest
 
 lint: setup ## ruff, mypy, clang-format
