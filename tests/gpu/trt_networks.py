@@ -198,6 +198,7 @@ def logger() -> Any:
 @lru_cache(maxsize=1)
 def _runtime() -> Any:
     import tensorrt as trt
+
     from hqmq_trt.engine.plugin_library import load_plugin_library
 
     load_plugin_library(logger())
@@ -243,6 +244,7 @@ class Engine:
 
     def __init__(self, nodes: Sequence[Node], dtype: torch.dtype, limits: Sizes) -> None:
         import tensorrt as trt
+
         from hqmq_trt.engine.plugin_library import find_plugin_library
 
         self.nodes, self.dtype, self.limits = tuple(nodes), dtype, limits
