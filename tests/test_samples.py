@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 Models = Callable[[str], Path]
@@ -23,7 +26,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def export(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a chat template that keeps earlier turns as they were; <user> is one token, a byte another."""
+    """The tiny model with a chat template that keeps earlier turns as they were. <user> and each byte are a token."""
     from transformers import AutoModelForCausalLM
 
     from hqmq_trt.export import export_model
@@ -61,15 +64,21 @@ def test_turns_read_only_their_own_tokens(export: Path) -> None:
 
 
 def test_saved_conversation_goes_on(export: Path, tmp_path: Path) -> None:
-    path = tmp_path / "talk.cache"
-    code, whole, err = chat(export, f"Hello\n/save {path}\nAnd now?\n")
+    first, whole, rest = (tmp_path / name for name in ("first", "whole", "rest"))
+    code, said, err = chat(export, f"Hello\n/save {first}\nAnd now?\n/save {whole}\n")
     assert code == 0, err
-    code, rest, loaded = chat(export, f"/load {path}\nAnd now?\n")
+    code, later, loaded = chat(export, f"/load {first}\nAnd now?\n/save {rest}\n")
     assert code == 0, loaded
     assert turns(loaded) == turns(err)[1:]
-    assert rest
-    assert whole.endswith(rest)
-    assert not whole.startswith(rest)
+    assert later
+    assert said.endswith(later)
+    kept, again = (json.loads(path.with_name(path.name + ".json").read_text()) for path in (whole, rest))
+    assert kept == again
+    assert [message["role"] for message in kept["messages"]] == ["user", "assistant"] * 2
+    tensors, same = load_file(whole), load_file(rest)
+    assert tensors.keys() == same.keys()
+    assert all(np.array_equal(tensors[name], same[name]) for name in tensors)
+    assert sum(x.size for x in tensors.values()) > sum(x.size for x in load_file(first).values())
 
 
 def test_mistakes(export: Path, tmp_path: Path) -> None:
