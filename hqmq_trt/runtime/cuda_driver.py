@@ -14,6 +14,7 @@ import atexit
 import gc
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import CDLL, POINTER, byref, c_char_p, c_int, c_uint64, c_void_p
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -241,4 +242,8 @@ def _one_line(error: Exception) -> str:
 
 @atexit.register
 def _release_contexts() -> None:
+    # Here and not by pycuda's destructor, which takes a primary context for one that it made, and complains.
+    for device in Device._opened.values():
+        with suppress(Exception):
+            device._context.detach()
     Device._opened.clear()
