@@ -42,8 +42,8 @@ $(VENV)/cuda/.ready: requirements/cuda.txt $(VENV)/.ready
 	touch $@
 
 plugins: setup $(VENV)/cuda/.ready ## All of build, and the CUDA kernels and TensorRT plugins (no GPU needed)
-	cmake --preset trt -DCMAKE_CUDA_ARCHITECTURES="$(ARCH)" -DHQMQ_PIP_CUDA=$(if $(CUDACXX),OFF,ON) \
-	  -DPython3_EXECUTABLE=$(CURDIR)/$(VENV)/cuda/bin/python
+	VIRTUAL_ENV=$(CURDIR)/$(VENV)/cuda PATH="$(CURDIR)/$(VENV)/cuda/bin:$$PATH" cmake --preset trt \
+	  -DCMAKE_CUDA_ARCHITECTURES="$(ARCH)" -DHQMQ_PIP_CUDA=$(if $(CUDACXX),OFF,ON)
 	cmake --build $(CUDA_BUILD)
 	cmake --install $(CUDA_BUILD) --prefix . >/dev/null
 
