@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from hqmq_trt.engine import EngineManifest, build_engine, builder, device, plugin_library, timing_cache
+from hqmq_trt.engine import (
+    EngineManifest,
+    build_engine,
+    builder,
+    device,
+    plugin_library,
+    polygraphy_network,
+    timing_cache,
+)
 from hqmq_trt.engine.device import Gpu, current_gpu
 from hqmq_trt.engine.network import read_graph
 from hqmq_trt.engine.polygraphy_arguments import arguments
@@ -344,3 +352,18 @@ def test_polygraphy_takes_the_arguments(export: Path) -> None:
     shapes = {name: tuple(found.shape) for name, found in parse_meta(last, includes_dtype=False).items()}
     assert shapes["input_ids"] == (2, 8)
     assert shapes["past.1.value.codes"][2] == 48
+
+
+def test_polygraphy_network_script(
+    export: Path, fake: Callable[..., FakeTensorRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(polygraphy_network.MODEL_VARIABLE, raising=False)
+    with pytest.raises(HqmqError, match="set HQMQ_MODEL"):
+        polygraphy_network.load_network()
+    trt = fake()
+    monkeypatch.setattr(polygraphy_network, "current_gpu", lambda: GPU)
+    monkeypatch.setattr(polygraphy_network, "load_plugin_library", lambda log: None)
+    monkeypatch.setenv(polygraphy_network.MODEL_VARIABLE, str(export))
+    _, network, _ = polygraphy_network.load_network()
+    assert "past.0.key.codes" in network.inputs
+    assert not trt.models[0].functions
