@@ -78,8 +78,8 @@ def test_logits(case: tuple[str, Any, Path, Path], result: DiffResult) -> None:
     assert result.decode_steps == STEPS
     assert len(found["pinned"].kl) == TOKENS + STEPS
     # From the same bytes only rounding is left: of float32 sums, or of fp16 activations.
-    assert found["pinned"].mean_kl < (1e-6 if case[0] == "float32" else 1e-3)
-    assert found["pinned"].top1 > 0.95
+    assert found["pinned"].mean_kl < (1e-6 if case[0] == "float32" else 1e-5)
+    assert found["pinned"].top1 > 0.98
     assert result.direct is not None
     assert result.direct.logits.mean_kl < max(10 * found["same"].mean_kl, 1e-5)
 
@@ -97,7 +97,7 @@ def test_keys_and_values(case: tuple[str, Any, Path, Path], result: DiffResult) 
 
 
 def test_bytes(case: tuple[str, Any, Path, Path], result: DiffResult) -> None:
-    limit = 0.02 if case[0] == "float32" else 0.2  # K and V that fp16 sums round otherwise
+    limit = 0.02 if case[0] == "float32" else 0.05  # K and V that fp16 sums round otherwise
     packed = [role for role in ROLES if result.manifest.parsed_scheme.role(role).packed]
     assert all(result.runtimes["tensorrt"].changed[role] < limit for role in packed)
     check = result.stateless
@@ -105,7 +105,7 @@ def test_bytes(case: tuple[str, Any, Path, Path], result: DiffResult) -> None:
     assert check.tokens == CHUNK
     assert all(check.chunks[role] > 0 for role in ROLES)
     assert all(check.changed[role] < limit * check.chunks[role] for role in packed)
-    assert check.logits.mean_kl < (1e-4 if case[0] == "float32" else 1e-2)
+    assert check.logits.mean_kl < 1e-4
 
 
 def test_greedy(case: tuple[str, Any, Path, Path]) -> None:
