@@ -28,6 +28,10 @@ def convert(model: str, gguf_file: str | None, output: str) -> Result:
 
     started = time.monotonic()
     source = load(model, DTYPE, gguf_file)
+    # A GGUF model is de-quantised on loading, but transformers keeps refusing to save it.
+    source.model.hf_quantizer = None
+    if hasattr(source.model.config, "quantization_config"):
+        del source.model.config.quantization_config
     source.model.save_pretrained(output)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(output)
