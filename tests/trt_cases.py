@@ -1,4 +1,7 @@
-"""Nodes of every operator and several schemes, written for tests/cpp/trt_contract_test (format: trt_contract_cases.h)."""
+"""Nodes of every operator and several schemes, written for tests/cpp/trt_contract_test.
+
+The format is described in tests/cpp/trt_contract_cases.h.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def nodes() -> Iterator[tuple[str, str, dict[str, Attribute]]]:
             yield f"{text}.{role}", QUANTIZE, attributes
             yield f"{text}.{role}", DEQUANTIZE, attributes
         yield text, ATTENTION, contract.attention_attributes(scheme, HEAD_DIM, HEAD_DIM**-0.5)
-        sinks = contract.attention_attributes(scheme, HEAD_DIM, 0.25, 32, 30.0, has_sinks=True, rotate_value=False)
+        sinks = contract.attention_attributes(scheme, HEAD_DIM, 0.25, 70_001, 30.0, has_sinks=True, rotate_value=False)
         yield f"{text}.sinks", ATTENTION, sinks
 
 
