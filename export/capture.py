@@ -144,29 +144,32 @@ class _GraphStep(Step):
             )
             self.present[index] += present
             dense.append(
-                torch.ops.hqmq.dequantize(self.present_length, books[role], present, scheme.name, role, q.dtype, rotate)
+                torch.ops.hqmq.dequantize(
+                    self.present_length, books[role], present, scheme.name, role, torch.float32, rotate
+                )
             )
         return self._ordinary(q, dense[0], dense[1], parameters)
 
     def _ordinary(self, q: Tensor, keys: Tensor, values: Tensor, parameters: AttentionParameters) -> Tensor:
-        """Attention of q [B, Hq, T, D] over a dense cache [B, H, R, D], decomposed: TensorRT before 10.14 has no
-        Attention operator. The query heads of a group become rows, so that K and V are not repeated."""
+        """Attention of q [B, Hq, T, D] over a dense cache float32 [B, H, R, D], decomposed: TensorRT before 10.14 has
+        no Attention operator. The query heads of a group become rows, so that K and V are not repeated. In float32:
+        scores of models with large key biases (Qwen2.5) exceed what float16 holds."""
         batch, heads, rows, head_dim = q.shape
         kv_heads, capacity = keys.shape[1], keys.shape[2]
-        grouped = q.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+        grouped = q.float().reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
         score = (grouped @ keys.transpose(2, 3)) * parameters.scale
         score = score.reshape(batch, heads, rows, capacity)
         if parameters.softcap > 0:
             score = torch.tanh(score / parameters.softcap) * parameters.softcap
         # A finite bound instead of -inf: a padding row may see no key at all.
-        score = torch.where(self._seen(parameters.window, capacity), score.float(), -3.0e38)
+        score = torch.where(self._seen(parameters.window, capacity), score, -3.0e38)
         if parameters.sinks is None:
-            weight = score.softmax(3).to(q.dtype)
+            weight = score.softmax(3)
         else:
             sinks = parameters.sinks.float().reshape(1, -1, 1, 1).expand(batch, -1, rows, 1)
-            weight = torch.cat([score, sinks], 3).softmax(3)[..., :capacity].to(q.dtype)
+            weight = torch.cat([score, sinks], 3).softmax(3)[..., :capacity]
         y = weight.reshape(batch, kv_heads, heads // kv_heads * rows, capacity) @ values
-        return y.reshape(batch, heads, rows, head_dim) * self._valid[:, None, :, None].to(q.dtype)
+        return y.to(q.dtype).reshape(batch, heads, rows, head_dim) * self._valid[:, None, :, None].to(q.dtype)
 
     def _seen(self, window: int, capacity: Any) -> Tensor:
         """Keys a query sees, bool [B, 1, T, R]."""

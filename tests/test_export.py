@@ -273,3 +273,15 @@ def test_half_precision_models(tmp_path: Path, dtype: str) -> None:
     if dtype == "float16":
         reference = run_torch(model, lambda: HqmqCache.for_model(model, "hq4@p8"))
         assert divergence(reference, run_exported(Exported(tmp_path / "m"))) < 1e-2
+
+
+def test_scores_of_half_precision_models_are_float32(tmp_path: Path) -> None:
+    """qdq mode: float16 cannot hold the products of Qwen2.5's queries and keys (ONNX Runtime's CPU kernels would not
+    show it: they compute in float32)."""
+    export_model(make_model("qwen2").to(torch.float16), tmp_path / "m", "hq4@p8", mode="qdq")
+    graph = onnx.shape_inference.infer_shapes(check(tmp_path / "m"), strict_mode=True).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in [*graph.value_info, *graph.output]}
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMul" and not weights & set(node.input)]
+    assert len(products) == 4  # scores and values of two layers
+    assert {types[name] for node in products for name in [*node.input, *node.output]} == {onnx.TensorProto.FLOAT}
