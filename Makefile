@@ -47,7 +47,11 @@ plugins: setup $(VENV)/cuda/.ready ## All of build, and the CUDA kernels and Ten
 	cmake --build $(CUDA_BUILD)
 	cmake --install $(CUDA_BUILD) --prefix . >/dev/null
 
-demo: $(if $(GPU),plugins,build) ## SmolLM2-135M with an hq4 cache beside fp16, in ONNX Runtime
+$(VENV)/.tensorrt: $(VENV)/.ready # pycuda is compiled on the spot and needs the CUDA toolkit
+	uv pip install --quiet -r requirements/dev.txt tensorrt pycuda
+	touch $@
+
+demo: $(if $(GPU),plugins $(VENV)/.tensorrt,build) ## SmolLM2-135M: fp16 cache beside hq4 and hq3; TensorRT if there is a GPU
 	$(BIN)/python samples/demo.py
 
 test: plugins lint ## All tests that this machine can run

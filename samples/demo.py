@@ -1,7 +1,8 @@
-"""A real model end to end without a GPU: SmolLM2-135M-Instruct, fp16 cache beside HQMQ caches, in ONNX Runtime.
+"""A real model end to end: SmolLM2-135M-Instruct, fp16 cache beside HQMQ caches.
 
 Fetches the model (93 MB, once, into models/), exports it for each scheme, lets it answer a question about a text of
-ours (hqmq_trt/data/sample.txt), and compares with PyTorch. `make demo` calls it; `--help` lists the options.
+ours (hqmq_trt/data/sample.txt), and compares with PyTorch: in TensorRT engines (float16) where there is an NVIDIA GPU,
+else in ONNX Runtime (float32). `make demo` calls it; `--help` lists the options.
 """
 
 from __future__ import annotations
@@ -96,23 +97,34 @@ def _sha256(path: Path) -> str:
     return state.hexdigest()
 
 
-def export(source: Any, folder: Path, scheme: str) -> None:
+def export(source: Any, folder: Path, scheme: str, dtype: str) -> None:
     """Export the model to `folder` unless an export of this version and scheme lies there already."""
     from hqmq_trt.export import export_model
 
     try:
         found = Manifest.load(folder)
-        if (found.scheme, found.mode, found.hqmq_trt_version) == (scheme, "fused", __version__):
+        if (found.scheme, found.mode, found.dtype, found.hqmq_trt_version) == (scheme, "fused", dtype, __version__):
             return
     except HqmqError:
         pass  # none, or damaged: made anew below, and export_model refuses a folder that is not ours
     export_model(source.model, folder, scheme, tokenizer=source.tokenizer, overwrite=True)
 
 
-def measure(source: Any, folder: Path, scheme: str, step: Callable[[str], None]) -> Result:
-    """Generate from the long prompt in ONNX Runtime, then compare logits with PyTorch over the same text."""
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver is here and sees a GPU. One it cannot use is an error, not a reason for the CPU."""
+    from hqmq_trt.engine.device import current_gpu
+
+    if shutil.which("nvidia-smi") is None:
+        return False
+    current_gpu()
+    return True
+
+
+def measure(source: Any, folder: Path, scheme: str, step: Callable[[str], None], engine: Path | None) -> Result:
+    """Generate from the long prompt, then compare logits with PyTorch over the same text: in TensorRT if there is an
+    `engine` folder to make, else in ONNX Runtime."""
     from hqmq_trt.diff import compare
-    from hqmq_trt.runtime import OrtSession, Request, generate
+    from hqmq_trt.runtime import Request, generate, open_session
     from hqmq_trt.runtime.tokenizer import Tokenizer
 
     manifest = Manifest.load(folder)
@@ -121,16 +133,20 @@ def measure(source: Any, folder: Path, scheme: str, step: Callable[[str], None])
     request = Request(
         tokenizer.encode(text + QUESTION, chat=True), NEW_TOKENS, stop_tokens=frozenset(manifest.eos_token_ids)
     )
+    if engine:
+        from hqmq_trt.engine import build_engine
+
+        step(f"{scheme}: building a TensorRT engine")
+        build_engine(folder, engine, max_context=request.cache_tokens, overwrite=True)
     step(f"{scheme}: reading {len(request.prompt)} tokens and answering")
-    session = OrtSession(folder, 1, request.cache_tokens)
-    generation = generate(session, [request])
-    cache_bytes = sum(session.cache_nbytes().values())
-    del session
+    with open_session(engine or folder, 1, request.cache_tokens) as session:
+        generation = generate(session, [request])
+        cache_bytes = sum(session.cache_nbytes().values())
     step(f"{scheme}: comparing logits with PyTorch")
     ids = tokenizer.encode(text)[: DIFF_TOKENS + DIFF_STEPS]
     # Nothing is coded in fp16, so there is no other cache to hand over.
     references = ("unpacked",) if scheme == "fp16" else ("unpacked", "pinned")
-    found = compare(folder, source.model, ids, references, DIFF_STEPS)
+    found = compare(folder, source.model, ids, references, DIFF_STEPS, engine=engine, onnx_runtime=engine is None)
     return Result(
         scheme,
         tokenizer.decode(generation.completions[0].tokens),
@@ -149,9 +165,9 @@ def _number(reference: str, name: str, result: Result) -> str:
     return f"{100 * found[name]:.1f}%" if name == "top1" else f"{found[name]:.1e}"
 
 
-def table(results: list[Result]) -> Table:
+def table(results: list[Result], runtime: str) -> Table:
     """All schemes side by side."""
-    shown = Table(title=f"SmolLM2-135M-Instruct, prompt of {results[0].prompt_tokens} tokens")
+    shown = Table(title=f"SmolLM2-135M-Instruct in {runtime}, prompt of {results[0].prompt_tokens} tokens")
     shown.add_column("KV cache")
     for result in results:
         shown.add_column(result.scheme, justify="right")
@@ -193,17 +209,20 @@ def main(
         step("loading the model into PyTorch")
         from hqmq_trt.export.source import load
 
-        source = load(str(gguf))
+        gpu = has_gpu()
+        dtype = "float16" if gpu else "float32"
+        source = load(str(gguf), dtype)
         source.model.eval()
         for scheme in ("fp16", *(schemes or ("hq4", "hq3"))):
-            folder = models / f"SmolLM2-135M-Instruct-{scheme.replace(':', '-')}"
+            folder = models / f"SmolLM2-135M-Instruct-{scheme.replace(':', '-')}-{dtype}"
             step(f"{scheme}: exporting to ONNX")
-            export(source, folder, scheme)
-            results.append(measure(source, folder, scheme, step))
+            export(source, folder, scheme, dtype)
+            engine = folder.with_name(folder.name + "-engine") if gpu else None
+            results.append(measure(source, folder, scheme, step, engine))
     for result in results:
         output.out.print(f"[bold]{result.scheme}[/bold]")
         output.out.print(" ".join(result.text.split()) + "\n", markup=False)
-    output.out.print(table(results))
+    output.out.print(table(results, "TensorRT, float16" if gpu else "ONNX Runtime on the CPU, float32"))
     output.out.print(
         f"KL, top-1 and perplexity over {DIFF_TOKENS} + {DIFF_STEPS} tokens of hqmq_trt/data/sample.txt, which is also "
         "the prompt. Bytes are what the cache takes at this context, fp16 tail and page means included."

@@ -168,7 +168,7 @@ def test_bad_steps(tiny_export: Export, arguments: tuple[Any, ...], message: str
 
 
 @pytest.mark.parametrize("bad", [{"max_batch": 0}, {"max_context": 0}, {"prefill_chunk": 0}, {"threads": -1}])
-def test_bad_sizes(tiny_export: Export, bad: dict[str, int]) -> None:
+def test_bad_sizes(tiny_export: Export, bad: dict[str, Any]) -> None:
     with pytest.raises(HqmqError, match=next(iter(bad))):
         OrtSession(tiny_export(), **bad)
 
