@@ -1,7 +1,8 @@
 """Decode steps of TensorRT engines beside PyTorch, over contexts, batches and schemes, in one run on one card.
 
 ``python -m benchmarks.engine --output DIR`` from the root of the repository; it takes about two minutes to export and
-build an engine a scheme (kept in --work) and --budget seconds to measure. Writes engine.json, engine.md, engine.png.
+build an engine a scheme (kept in --work) and --budget seconds to measure. Writes engine.json, engine.md, engine.png,
+anew after every case (PyTorch, a scheme), so that a run that is ended leaves what it has measured.
 
 The model has Llama-3-8B's layer shapes (hidden 4096, 32 query and 8 KV heads of 128, MLP 14336) and random weights,
 --layers of its 32 layers and a vocabulary of --vocab instead of 128,256, so that the cost of a layer is what shows.
@@ -20,6 +21,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +41,6 @@ from hqmq_trt.format import cache_bytes
 from hqmq_trt.scheme import Scheme
 
 TORCH = "PyTorch fp16"
-CONTEXTS = "1024,2048,4096,8192,16384,32768,65536,131072"
 CONTEXTS = "1024,2048,4096,8192,16384,32768,65536,131072"
 FULL_LAYERS = 32
 CARD_BYTES, WEIGHT_BYTES = 80e9, 16.06e9
@@ -130,6 +131,8 @@ def prepare(scheme: str, shape: Shape, work: str, batch: int, context: int, devi
 
     started = time.monotonic()
     model_folder, engine_folder = Path(work, f"{scheme}.onnx"), Path(work, f"{scheme}.engine")
+    if (engine_folder / "engine.json").is_file():
+        return 0.0
     if not (model_folder / "manifest.json").is_file():
         # The same weights as PyTorch's, which come from the GPU's generator.
         model = random_model(shape, device, _dtype(device)).cpu()
@@ -138,10 +141,11 @@ def prepare(scheme: str, shape: Shape, work: str, batch: int, context: int, devi
         export_model(model, model_folder, scheme)
         del model
         log(f"{scheme}: exported after {time.monotonic() - started:.0f} s")
-    if device == "cuda" and not (engine_folder / "engine.json").is_file():
+    if device == "cuda":
         from hqmq_trt.engine.builder import build_engine
 
         build_engine(model_folder, engine_folder, max_batch=batch, max_context=context, prefill_chunk=16)
+        shutil.rmtree(model_folder)  # as large as the engine
         log(f"{scheme}: built after {time.monotonic() - started:.0f} s")
     return time.monotonic() - started
 
@@ -316,21 +320,25 @@ def _measure(
 
     openers = {TORCH: torch_opener, **{name: opener(name) for name in names}}
     rows: list[Row] = []
+    fits, where = sequences_that_fit(names), machine(commit)
+    what = "a toy model" if shape.hidden == TINY.hidden else "Llama-3-8B's shapes"
+    title = f"{shape.layers} layers of {what}, vocabulary {shape.vocab:,}, {where['card']}, {where['date']}"
     started = time.monotonic()
     for position, (name, make) in enumerate(openers.items()):
         left = budget - (time.monotonic() - started)
         measure(name, make, points, time.monotonic() + left / (len(openers) - position), seconds, rows)
-    finish(rows, shape.layers)
-    fits = sequences_that_fit(names)
-    reached = targets(rows, fits)
-    where = machine(commit)
-    what = "a toy model" if shape.hidden == TINY.hidden else "Llama-3-8B's shapes"
-    title = f"{shape.layers} layers of {what}, vocabulary {shape.vocab:,}, {where['card']}, {where['date']}"
-    document = {
-        "machine": where, "shape": asdict(shape), "rows": rows, "sequences_in_80_GB": fits, "targets": reached,
-    }  # fmt: skip
-    (output / "engine.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    plot(rows, sorted({point.asked for point in points}), title, output / "engine.png")
+        finish(rows, shape.layers)
+        reached = targets(rows, fits)
+        document = {"title": title, "machine": where, "shape": asdict(shape), "cases": list(openers), "rows": rows}
+        write(document | {"sequences_in_80_GB": fits, "targets": reached}, output)
+    for shown in tables(title, rows, fits, reached):
+        Console(width=140).print(shown)
+    errors = [row for row in rows if str(row.get("skipped", "")).startswith("failed")]
+    return not errors and any("ms" in row for row in rows)
+
+
+def tables(title: str, rows: list[Row], fits: list[Row], reached: list[Row]) -> list[Table]:
+    """All points, the sequences that fit, the targets."""
     fit_table = Table(
         "scheme", "GB a sequence", "cache only", "beside 16 GB of weights", title="32k sequences in 80 GB"
     )
@@ -341,12 +349,21 @@ def _measure(
     for target in reached:
         value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
         target_table.add_row(target["target"], value, {None: "-", True: "yes", False: "no"}[target["reached"]])
-    with (output / "engine.md").open("w", encoding="utf-8") as file:
-        for console in (Console(width=140), Console(file=file, width=140)):
-            for shown in (table(rows, title), fit_table, target_table):
-                console.print(shown)
-    errors = [row for row in rows if str(row.get("skipped", "")).startswith("failed")]
-    return not errors and any("ms" in row for row in rows)
+    return [table(rows, title), fit_table, target_table]
+
+
+def write(document: dict[str, Any], output: Path) -> None:
+    """Write engine.json, engine.md and engine.png; each file is complete at any time."""
+    rows, title = document["rows"], document["title"]
+    shown = tables(title, rows, document["sequences_in_80_GB"], document["targets"])
+    with (output / "part.md").open("w", encoding="utf-8") as file:
+        console = Console(file=file, width=140)
+        for each in shown:
+            console.print(each)
+    (output / "part.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    plot(rows, sorted({row["batch_asked"] for row in rows}), title, output / "part.png")
+    for kind in ("json", "md", "png"):
+        (output / f"part.{kind}").replace(output / f"engine.{kind}")
 
 
 if __name__ == "__main__":

@@ -2,40 +2,56 @@
 
 ``python -m benchmarks.gpu_report --output DIR --work DIR --model smollm2=FOLDER:FILE.gguf --model qwen=FOLDER`` from
 the root of the repository. Needs TensorRT with its Python bindings, pycuda, torch with CUDA, nvcc, compute-sanitizer
-and, for DRAM bytes, ncu. Stages, in the order in which they run (--stages picks some; --list prints the plan):
+and, for DRAM bytes, ncu.
 
-build      compile the libraries (cmake preset ``trt``) and install them into hqmq_trt/_lib
+Stages (--stages picks some, --list prints them), with the seconds they should take on 16 cores and one H100 for two
+models (135M and 1.5B parameters), two modes and three schemes:
+
+build      compile the libraries (cmake preset ``trt``) and install them into hqmq_trt/_lib: 22
+   then side by side, about 450 in all:
 plugins    tests/gpu/test_trt_plugins.py: each operator in TensorRT against the host codec (words that differ, ties) and
-           the float32 oracle
+           the float32 oracle: 200
 sanitizer  compute-sanitizer memcheck, racecheck and initcheck over a part of these tests; a report that names a kernel
-           of TensorRT or torch is counted apart
-export     every model as ONNX: modes x schemes, and fp16 fused; float16
-engines    `hqmq-trt build` of each, several at a time; seconds and sizes
+           of TensorRT or torch is counted apart: 120 after plugins
+export     every model as ONNX: modes x schemes, and fp16 fused; float16. Conversion of GGUF 30 to 100, during build;
+           then 60 to 90 for the exports of a model, which fork from one process
+engines    `hqmq-trt build` of each: 100 to 130 for the first of a model, which fills the timing cache, then 4 at a time
+           in about 60 each: 300 after the exports
 text       128 greedy tokens of each engine against PyTorch with the same HqmqCache (hqmq_trt.diff.greedy): equal, or
-           the first divergence with the gap that rounding can close; and the logits under teacher forcing
-memory     device bytes of the cache against `hqmq-trt memory`
-inplace    addresses of past and present; time and DRAM bytes of a step when only the capacity grows
-diff       `hqmq-trt diff --engine` over a prefill of 512 tokens and 64 decode steps
-samples    builds samples/cpp and compares its tokens with the Python session's
-tables     report.json and report.md in --output, and the tables on stdout, from all stages that have run so far
+           the first divergence with the gap that rounding can close; and the logits under teacher forcing. A process
+           a model and mode: 100 after its engines
+diff       `hqmq-trt diff --engine` over a prefill of 512 tokens and 64 decode steps: 100 after its engine
+samples    builds samples/cpp and compares its tokens with the Python session's: 70 after the first model's engines
+tests      tests/gpu/test_{trt_session,trt_diff,samples,engine_build,ort_cuda}.py, 3 at a time, each with its limit: up
+           to 400
+   then one at a time, on a quiet GPU, about 440 in all:
+memory     device bytes of the cache against `hqmq-trt memory`: 40
+inplace    addresses of past and present; time and DRAM bytes of a step when only the capacity grows: 50
+tests      the tests that count free device memory or time the host: 60
+speed      benchmarks/engine.py: 280. Its engines are exported and built beside the rest, after the models': 130
+tables     report.json and report.md in --output, after every job; on the stdout at the end
 
-Jobs run side by side in processes of their own. A failure is recorded and the rest goes on; the exit code is 1 if
-anything failed. Results and logs stay in --work, and a later call goes on from there (--again repeats); so the whole
-can be cut into calls of limited length with --deadline.
+Together about 950 seconds: two calls of at most 10 minutes, the second with what the first had no time for. A failure
+is recorded and the rest goes on; the exit code is 1 if anything failed. Results and logs stay in --work, and a later
+call goes on from there (--again repeats): cut the whole into calls of limited length with --deadline.
 """
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from benchmarks.machine import log, machine
+from benchmarks.report_commands import Result, Runner
 from benchmarks.report_stages import STAGES, Options, Stages
-from benchmarks.report_tables import write_report
+from benchmarks.report_tables import print_report, write_report
 
 PROMPT = (
     "The history of the lighthouse begins with fires on hilltops. Later they were raised on platforms so that ships "
@@ -69,16 +85,17 @@ def main(
     prefill_chunk: Annotated[int, typer.Option(help="Of the engines.")] = 512,
     tokens: Annotated[int, typer.Option(help="Greedy tokens to compare.")] = 128,
     prompt: Annotated[str, typer.Option(help="What the text goes on from; shorter than prefill_chunk.")] = PROMPT,
-    jobs: Annotated[int, typer.Option(min=1, help="Jobs side by side.")] = 16,
-    limit: Annotated[float, typer.Option(help="Seconds of a single build or diff.")] = 580.0,
+    limit: Annotated[float, typer.Option(help="Seconds of a single build.")] = 400.0,
     again: Annotated[bool, typer.Option("--again", help="Repeat jobs that succeeded before.")] = False,
     cmake: Annotated[list[str] | None, typer.Option(help="More arguments for cmake, such as -DTensorRT_ROOT=…")] = None,
     keep_exports: Annotated[bool, typer.Option("--keep-exports", help="Keep ONNX files after their engines.")] = False,
+    speed: Annotated[str, typer.Option(help="More arguments for benchmarks.engine, in one string.")] = "",
     deadline: Annotated[float, typer.Option(help="Seconds for this call; what is left goes into the next.")] = 3600.0,
     commit: Annotated[str | None, typer.Option(help="Where git cannot tell.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print the plan and exit.")] = False,
 ) -> None:
     """Build, try and measure the TensorRT side on this machine."""
+    end = time.monotonic() + deadline
     wanted = set(stages.split(","))
     if unknown := sorted(wanted - set(STAGES)):
         raise typer.BadParameter(f"unknown stage {unknown[0]}: use {', '.join(STAGES)}")
@@ -95,15 +112,15 @@ def main(
         prefill_chunk=prefill_chunk,
         tokens=tokens,
         prompt=prompt,
-        jobs=jobs,
         limit=limit,
-        again=again,
         cmake=cmake or [],
         keep_exports=keep_exports,
-        deadline=time.monotonic() + deadline,
+        speed=speed.split(),
     )
     if not options.models and wanted & {"export", "engines", "text", "memory", "diff", "samples"}:
-        raise typer.BadParameter("give a --model, or only the stages build, plugins, sanitizer, inplace and tables")
+        raise typer.BadParameter(
+            "give a --model, or only the stages build, plugins, sanitizer, tests, inplace, speed and tables"
+        )
     if list_only:
         print("stages:", ", ".join(stage for stage in STAGES if stage in wanted))
         print("engines:", *(combo.key for combo in options.combos()), sep="\n  ")
@@ -112,21 +129,47 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     folder = (work or Path(tempfile.mkdtemp(prefix="hqmq-report-"))).resolve()
     log(f"working in {folder}")
-    report = Stages(folder, options)
-    report.run(wanted)
-    results = report.collect()
-    failures = {
-        f"{stage} {key}": r["error"] for stage, found in results.items() for key, r in found.items() if not r["ok"]
-    }
+    with ThreadPoolExecutor(1) as pool:
+        # Versions come from imports that take many seconds on a cold disk.
+        where = pool.submit(machine, commit)
+        writing = threading.Lock()
+
+        def write() -> None:
+            if "tables" in wanted and where.done():
+                with writing:
+                    write_report(runner.collect(), where.result(), output)
+
+        runner = Runner(folder, again, end, write)
+        work_stages = Stages(runner, options)
+
+        def stop(*_: Any) -> NoReturn:
+            runner.end_all()
+            raise SystemExit(143)
+
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            work_stages.run(wanted)
+        finally:
+            where.result()
+            write()
+            work_stages.copy_speed(output)
+    failures = _failures(runner, output)
     if "tables" in wanted:
-        write_report(results, machine(commit), output)
-    logs = [folder / "logs" / f"{name.replace(' ', '.')}.log" for name in failures]
-    if logs:
-        parts = [f"==> {path.name}\n{path.read_text(errors='replace')[-20000:]}\n" for path in logs if path.is_file()]
-        (output / "failures.log").write_text("".join(parts), encoding="utf-8")
+        print_report(runner.collect(), where.result())
     for name, error in failures.items():
         log(f"FAILED {name}: {error[:300]}")
     raise typer.Exit(int(bool(failures)))
+
+
+def _failures(runner: Runner, output: Path) -> dict[str, str]:
+    """Errors by job; their logs go to failures.log."""
+    results: dict[str, dict[str, Result]] = runner.collect()
+    found = {f"{stage} {key}": r["error"] for stage, keys in results.items() for key, r in keys.items() if not r["ok"]}
+    paths = [runner.logs / f"{name.replace(' ', '.')}.log" for name in found]
+    parts = [f"==> {path.name}\n{path.read_text(errors='replace')[-20000:]}\n" for path in paths if path.is_file()]
+    if parts:
+        (output / "failures.log").write_text("".join(parts), encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":

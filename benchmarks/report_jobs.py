@@ -1,15 +1,20 @@
 """Single jobs of benchmarks/gpu_report.py, each in a process of its own, so that one failure stays one failure.
 
-``python -m benchmarks.report_jobs JOB ARGUMENTS.json RESULT.json``; arguments and result are JSON objects.
+``python -m benchmarks.report_jobs JOB ARGUMENTS.json RESULT.json``; arguments and result are JSON objects. Jobs with
+``cases`` load a model once for several results, and write each as soon as it is there.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +43,69 @@ def convert(model: str, gguf_file: str | None, output: str) -> Result:
     return {"seconds": time.monotonic() - started, "parameters": source.model.num_parameters()}
 
 
-def export(model: str, output: str, mode: str, scheme: str) -> Result:
-    """An ONNX folder."""
-    from hqmq_trt.export import export_model
+Case = dict[str, Any]
+"""Arguments of one case of a batch; ``result``: the file for its result, which appears when the case is done."""
 
+
+def finish(case: Case, started: float, result: Result) -> None:
+    """Write the result of a case, with ``ok`` and ``seconds``, as a whole."""
+    path = Path(case["result"])
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"ok": True, **result, "seconds": time.monotonic() - started}), encoding="utf-8")
+    part.replace(path)
+
+
+def attempt(case: Case, work: Callable[[], Result]) -> bool:
+    """Do the work of a case and write its result or its exception; whether it went well."""
     started = time.monotonic()
-    manifest = export_model(model, output, scheme, mode=mode, dtype=DTYPE, overwrite=True)
-    return {"seconds": time.monotonic() - started, "bytes": sum(file.size for file in manifest.files)}
+    try:
+        result = work()
+    except Exception as error:
+        traceback.print_exc()
+        finish(case, started, {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
+        return False
+    finish(case, started, result)
+    return True
+
+
+def export(model: str, cases: list[Case], jobs: int) -> Result:
+    """ONNX folders of one model, `jobs` at a time: the work is Python on one core, so each has a fork of this process,
+    which has imported torch and loaded the model. Nothing here may start a thread pool before: forks would hang."""
+    import torch
+
+    from hqmq_trt.export import export_model
+    from hqmq_trt.export.source import load
+
+    torch.set_num_threads(1)
+    source = load(model, DTYPE)
+    source.model.config.name_or_path = source.name
+
+    def work(case: Case) -> Result:
+        options = {"mode": case["mode"], "dtype": DTYPE, "overwrite": True, "tokenizer": source.tokenizer}
+        manifest = export_model(source.model, case["output"], case["scheme"], **options)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"bytes": sum(file.size for file in manifest.files), "peak_bytes": peak}
+
+    gc.freeze()  # what forks share is not to be touched by their collections
+    waiting, running = list(cases), dict[int, Case]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            case = waiting.pop(0)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if (child := os.fork()) == 0:
+                status = 1
+                try:
+                    status = int(not attempt(case, partial(work, case)))
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+            running[child] = case
+        child, status = os.wait()
+        case = running.pop(child)
+        if not Path(case["result"]).is_file():
+            finish(case, time.monotonic(), {"ok": False, "error": f"the export ended with status {status}"})
+    return {"cases": len(cases)}
 
 
 def engine(model: str, output: str, max_batch: int, max_context: int, prefill_chunk: int, timing_cache: str) -> Result:
@@ -125,22 +186,35 @@ def compare_logits(reference: NDArray[np.float32], found: NDArray[np.float32]) -
     }
 
 
-def text(engine: str, model: str, prompt: str, count: int) -> Result:
-    """Greedy text of an engine against PyTorch with the same HqmqCache (hqmq_trt.diff.greedy)."""
+def text(model: str, prompt: str, count: int, cases: list[Case]) -> Result:
+    """Greedy texts of engines of one model against PyTorch, which is loaded once."""
+    import torch
+
     from hqmq_trt import cuda
-    from hqmq_trt.diff.greedy import greedy
     from hqmq_trt.export.source import load
-    from hqmq_trt.manifest import Manifest
-    from hqmq_trt.runtime.tokenizer import Tokenizer
-    from hqmq_trt.runtime.trt_session import TrtSession
     from hqmq_trt.torch_ops import TORCH_CUDA_VARIABLE
 
     if not cuda.available():
         os.environ[TORCH_CUDA_VARIABLE] = "1"  # plain torch kernels: slow, the same operators
+    network = load(model, DTYPE).model.cuda().eval()
+    for case in cases:
+        attempt(case, partial(one_text, case["engine"], network, prompt, count))
+        gc.collect()
+        torch.cuda.empty_cache()  # a float32 copy of the model may have been there
+    return {"cases": len(cases)}
+
+
+def one_text(engine: str, network: Any, prompt: str, count: int) -> Result:
+    """Greedy text of an engine against PyTorch with the same HqmqCache (hqmq_trt.diff.greedy)."""
+    from hqmq_trt import cuda
+    from hqmq_trt.diff.greedy import greedy
+    from hqmq_trt.manifest import Manifest
+    from hqmq_trt.runtime.tokenizer import Tokenizer
+    from hqmq_trt.runtime.trt_session import TrtSession
+
     manifest = Manifest.load(engine)
     tokenizer = Tokenizer(Path(engine), manifest)
     ids = list(tokenizer.encode(prompt))
-    network = load(model, DTYPE).model.cuda().eval()
     with TrtSession(engine, max_batch=1) as session:
         check = greedy(network, session, ids, count)
 

@@ -89,6 +89,12 @@ def read_last_json(output: str, code: int) -> Result:
     return {"ok": False}
 
 
+def read_speed(table: Path, output: str, code: int) -> Result:
+    """What benchmarks/engine.py wrote to its engine.json: also of a run that was ended before its last case."""
+    document = json.loads(table.read_text(encoding="utf-8"))
+    return {"ok": code == 0, "rows": document["rows"], "targets": document["targets"], "title": document["title"]}
+
+
 def read_words(output: str, code: int) -> Result:
     """What a program for people said, in one line."""
     return {"ok": code == 0, "speed": " ".join(output.split())[:400]}

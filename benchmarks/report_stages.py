@@ -1,45 +1,49 @@
-"""The stages of benchmarks/gpu_report.py: what runs, in which process, and what is kept of it.
+"""The stages of benchmarks/gpu_report.py: what runs beside what, in which process, and with which limit.
 
-Every job writes RESULTS/{job}.{key}.json in the work folder, whether it succeeds or not, so that stages can run in
-several calls and a failure does not stop the others. A job that succeeded is not run again unless asked for.
+All that only has to be right runs side by side, in chains that wait for nothing but what they need: convert, export,
+build and read each model; kernels; tests; the engines of the speed table. What is timed, or counts device memory, runs
+afterwards, one at a time. benchmarks/report_commands.py keeps the results.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Semaphore
+from threading import Event, Lock, Semaphore
 from typing import Any
 
 from benchmarks.machine import log
+from benchmarks.report_commands import Result, Runner, together
 from benchmarks.report_readers import (
-    last_words,
     read_document,
     read_junit,
     read_last_json,
     read_ncu,
     read_sanitizer,
+    read_speed,
     read_words,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = (
-    *("build", "plugins", "sanitizer", "export", "engines", "text"),
-    *("memory", "inplace", "diff", "samples", "tables"),
+    *("build", "plugins", "sanitizer", "export", "engines", "text", "diff", "samples", "tests"),
+    *("memory", "inplace", "speed", "tables"),
 )
-Result = dict[str, Any]
+ORT_PARAMETERS = 500_000_000
+"""Models up to this size run in ONNX Runtime too when `diff` reads them: on a CPU it computes float16 by converting."""
+TESTS = {"trt_session": 400.0, "trt_diff": 400.0, "samples": 300.0, "engine_build": 300.0, "ort_cuda": 200.0}
+"""Files tests/gpu/test_*.py of stage ``tests`` with their limits in seconds."""
+QUIET = {"trt_session": "thousand_sessions or host_time"}
+"""Tests of these files that others on the GPU disturb, for pytest -k: they count its free memory, or time the host."""
+SLOTS = {"engine": 4, "text": 4, "diff": 3, "tests": 3}
+"""Jobs of a kind side by side."""
 
 SANITIZED = {
     "memcheck": "(oracle and (decode or prefill or single) and float16 and not bfloat16) or without_a_page or "
@@ -80,12 +84,10 @@ class Options:
     prefill_chunk: int
     tokens: int
     prompt: str
-    jobs: int
     limit: float
-    again: bool
     cmake: list[str]
     keep_exports: bool
-    deadline: float
+    speed: list[str]
 
     def combos(self) -> list[Combo]:
         """All engines, the models in turn so that small and large ones run side by side."""
@@ -95,46 +97,61 @@ class Options:
         return [Combo(model, *pair) for pair in pairs for model in self.models]
 
     def diff_combos(self) -> list[Combo]:
-        """Engines that `hqmq-trt diff` compares: those named, or hq3 and hq4 of the first model."""
+        """Engines that `hqmq-trt diff` compares: those named, or the second scheme (hq4) of every model and mode."""
         combos = self.combos()
         if self.diffs:
             return [combo for combo in combos if combo.key in self.diffs]
-        return [c for c in combos if c.model == next(iter(self.models)) and c.scheme in ("hq3", "hq4")]
+        return [combo for combo in combos if combo.scheme == self.schemes[:2][-1]]
 
 
 class Stages:
-    """Runs stages in a work folder."""
+    """Runs stages with a runner."""
 
-    def __init__(self, work: Path, options: Options) -> None:
-        self.work, self.options = work, options
-        self.results = work / "results"
-        for folder in ("results", "logs", "models", "onnx", "engines", "plans"):
-            (work / folder).mkdir(parents=True, exist_ok=True)
-        self._slots = {"export": Semaphore(5), "engine": Semaphore(4), "text": Semaphore(3), "convert": Semaphore(4)}
+    def __init__(self, runner: Runner, options: Options) -> None:
+        self.runner, self.work, self.options = runner, runner.work, options
+        for folder in ("models", "onnx", "engines", "plans", "speed"):
+            (self.work / folder).mkdir(parents=True, exist_ok=True)
+        self._slots = {kind: Semaphore(count) for kind, count in SLOTS.items()}
+        self._first = {name: Lock() for name in options.models}
 
     def run(self, wanted: set[str]) -> None:
-        """Run the stages asked for: chains of one engine each side by side, then what needs a quiet GPU."""
-        options = self.options
-        if "build" in wanted and not self.build():
-            log("the libraries were not built: going on with those that are there")
-        if wanted & {"export", "engines", "text"}:
-            self._all([partial(self.convert, name) for name in options.models])
-        chains: list[Callable[[], Any]] = [partial(self.chain, combo, wanted) for combo in options.combos()]
-        if wanted & {"plugins", "sanitizer"}:
-            chains.insert(0, partial(self.kernels, wanted))
-        if wanted & {"export", "engines", "text", "plugins", "sanitizer"}:
-            self._all(chains)
-        engines = {c.key: str(self.engine(c)) for c in options.combos() if self.engine(c).is_dir()}
+        """Run the stages asked for."""
+        models = self.options.models
+        sources = wanted & {"export", "text", "diff"}
+        converted = {name: Event() for name in models}
+        built = {name: Event() for name in models}
+        with ThreadPoolExecutor(len(models) or 1) as pool:
+            early = [pool.submit(self.convert, name, converted[name]) for name in models if sources]
+            if "build" in wanted and not self.build():
+                log("the libraries were not built: going on with those that are there")
+            tasks: list[Callable[[], Any]] = []
+            if wanted & {"plugins", "sanitizer"}:
+                tasks.append(partial(self.kernels, wanted))
+            if sources | (wanted & {"engines"}):
+                tasks += [partial(self.chain, name, wanted, converted[name], built[name]) for name in models]
+            else:
+                for event in built.values():
+                    event.set()
+            if "tests" in wanted:
+                tasks += [partial(self.tests, name) for name in TESTS]
+            if "samples" in wanted:
+                tasks.append(partial(self.samples, built))
+            if "speed" in wanted:
+                tasks.append(partial(self.speed_engines, built))
+            together(tasks)
+            for future in early:
+                future.result()
+        # From here on nothing else runs on the GPU.
+        engines = {c.key: str(self.engine(c)) for c in self.options.combos() if self.engine(c).is_dir()}
         if "memory" in wanted:
-            self.job("memory", "all", {"engines": engines}, 240)
+            self.runner.job("memory", "all", {"engines": engines}, 240)
         if "inplace" in wanted:
             self.inplace(list(engines.items()))
-        late: list[Callable[[], Any]] = []
-        if "diff" in wanted:
-            late += [partial(self.diff, combo) for combo in options.diff_combos()]
-        if "samples" in wanted:
-            late.append(self.samples)
-        self._all(late)
+        if "tests" in wanted:
+            for name in QUIET:
+                self.tests(name, quiet=True)
+        if "speed" in wanted:
+            self.speed()
 
     def onnx(self, combo: Combo) -> Path:
         """Folder of an export."""
@@ -155,209 +172,217 @@ class Stages:
             ("compile", ["cmake", "--build", "build/trt", f"-j{os.cpu_count() or 4}"]),
             ("install", ["cmake", "--install", "build/trt", "--prefix", "."]),
         ):
-            if not self.command("build", step, command, self.options.limit)["ok"]:
+            if not self.runner.command("build", step, command, self.options.limit)["ok"]:
                 return False
         return True
 
-    def convert(self, name: str) -> None:
+    def convert(self, name: str, done: Event) -> None:
         """Load a model once and save it as float16 safetensors."""
         source, gguf = self.options.models[name]
-        self.job("convert", name, {"model": source, "gguf_file": gguf, "output": self.model(name)}, 180)
+        try:
+            self.runner.job("convert", name, {"model": source, "gguf_file": gguf, "output": self.model(name)}, 300, 4)
+        finally:
+            done.set()
 
-    def chain(self, combo: Combo, wanted: set[str]) -> None:
-        """Export, build and read one engine; a step is left out when the one before failed."""
-        options, model = self.options, self.model(combo.model)
-        onnx, engine = str(self.onnx(combo)), str(self.engine(combo))
-        if "export" in wanted and (options.again or not self.engine(combo).is_dir()):
-            arguments = {"model": model, "output": onnx, "mode": combo.mode, "scheme": combo.scheme}
-            if not self.job("export", combo.key, arguments, 300)["ok"]:
-                return
-        if "engines" in wanted:
-            build: Result = {"model": onnx, "output": engine, "timing_cache": str(self.work / "timing.cache")}
-            build |= {name: getattr(options, name) for name in ("max_batch", "max_context", "prefill_chunk")}
-            if not self.job("engine", combo.key, build, options.limit)["ok"]:
-                return
-            if not options.keep_exports and combo not in options.diff_combos():
-                shutil.rmtree(onnx, ignore_errors=True)  # disks are small where GPUs are lent
-        if "text" in wanted:
-            read: Result = {"engine": engine, "model": model, "prompt": options.prompt, "count": options.tokens}
-            self.job("text", combo.key, read, 180)
+    def chain(self, name: str, wanted: set[str], converted: Event, built: Event) -> None:
+        """Export, build and read the engines of a model: each step as soon as what it needs is there."""
+        combos = [combo for combo in self.options.combos() if combo.model == name]
+        try:
+            if wanted & {"export", "text", "diff"}:
+                converted.wait()
+                if self.runner.kept("convert", name) is None:
+                    return
+            exported = {combo.key: Event() for combo in combos}
+            with ThreadPoolExecutor(2 * len(combos) + len(self.options.modes) + 1) as pool:
+                exports = pool.submit(self.exports, name, wanted, exported)
+                engines = {
+                    combo: pool.submit(self.build_engine, combo, exported[combo.key], wanted) for combo in combos
+                }
+                later: list[Future[Any]] = [exports]
+                for mode in self.options.modes if "text" in wanted else ():
+                    group = {combo: future for combo, future in engines.items() if combo.mode == mode}
+                    later.append(pool.submit(self.texts, f"{name}.{mode}", group))
+                for combo in self.options.diff_combos() if "diff" in wanted else ():
+                    if combo in engines:
+                        later.append(pool.submit(self.diff, combo, engines[combo]))
+                for future in engines.values():
+                    future.result()
+                built.set()
+                for future in later:
+                    future.result()
+        finally:
+            built.set()
+
+    def exports(self, name: str, wanted: set[str], exported: dict[str, Event]) -> None:
+        """Export a model in one process, from which the exports fork; those without an engine yet."""
+        cases: dict[str, Result] = {}
+        for combo in [c for c in self.options.combos() if c.key in exported and "export" in wanted]:
+            if self.runner.again or not (self.engine(combo).is_dir() or self._kept_export(combo)):
+                cases[combo.key] = {"output": str(self.onnx(combo)), "mode": combo.mode, "scheme": combo.scheme}
+        try:
+            arguments: Result = {"model": self.model(name), "jobs": 6}
+            self.runner.batch("export", name, arguments, cases, 400, lambda key, found: exported[key].set())
+        finally:
+            for event in exported.values():
+                event.set()
+
+    def _kept_export(self, combo: Combo) -> bool:
+        return self.runner.kept("export", combo.key) is not None and self.onnx(combo).is_dir()
+
+    def build_engine(self, combo: Combo, exported: Event, wanted: set[str]) -> bool:
+        """Build an engine once its export is there; whether there is one.
+
+        The first of a model is built before the others begin: they find its products timed in the timing cache.
+        """
+        exported.wait()
+        if "engines" not in wanted:
+            return self.engine(combo).is_dir()
+        if "export" in wanted and not self.engine(combo).is_dir() and self.runner.kept("export", combo.key) is None:
+            return False
+        cache = self.work / f"timing.{combo.model}.cache"
+        with self._first[combo.model]:
+            if not cache.is_file():
+                return self._build(combo, cache)
+        return self._build(combo, cache)
+
+    def _build(self, combo: Combo, cache: Path) -> bool:
+        options = self.options
+        arguments: Result = {
+            "model": str(self.onnx(combo)),
+            "output": str(self.engine(combo)),
+            "timing_cache": str(cache),
+        }
+        arguments |= {name: getattr(options, name) for name in ("max_batch", "max_context", "prefill_chunk")}
+        with self._slots["engine"]:
+            if not self.runner.job("engine", combo.key, arguments, options.limit)["ok"]:
+                return False
+        if not options.keep_exports and combo not in options.diff_combos():
+            shutil.rmtree(self.onnx(combo), ignore_errors=True)  # disks are small where GPUs are lent
+        return True
+
+    def texts(self, name: str, engines: dict[Combo, Future[bool]]) -> None:
+        """Read the engines of one model and mode in one process, which loads PyTorch's model once."""
+        options = self.options
+        cases: dict[str, Result] = {c.key: {"engine": str(self.engine(c))} for c, f in engines.items() if f.result()}
+        arguments: Result = {"model": self.model(name.partition(".")[0]), "prompt": options.prompt}
+        with self._slots["text"]:
+            self.runner.batch("text", name, {**arguments, "count": options.tokens}, cases, 400)
+
+    def diff(self, combo: Combo, engine: Future[bool]) -> None:
+        """`hqmq-trt diff`: PyTorch, TensorRT and, for small models, ONNX Runtime over 512 tokens and 64 steps."""
+        if not engine.result() or not self.onnx(combo).is_dir():
+            self.runner.fail("diff", combo.key, "there is no engine, or its export is gone (--keep-exports)")
+            return
+        command = [sys.executable, "-m", "hqmq_trt.cli", "diff", str(self.onnx(combo)), "--model"]
+        command += [self.model(combo.model), "--engine", str(self.engine(combo)), "--tokens", "512"]
+        command += ["--decode-steps", "64", "--threads", "4", "--json"]
+        converted = self.runner.kept("convert", combo.model) or {}
+        if converted.get("parameters", 0) > ORT_PARAMETERS:
+            command.append("--no-ort")
+        with self._slots["diff"]:
+            self.runner.command("diff", combo.key, command, 240, read_document, threads=4)
 
     def kernels(self, wanted: set[str]) -> None:
         """The plugin tests, then the same engines under compute-sanitizer, its tools side by side."""
         if "plugins" in wanted:
-            self.plugins()
+            self.pytest("plugins", "all", "trt_plugins", 400)
         if "sanitizer" in wanted and not any((self.work / "plans").glob("*.plan")):
-            # Building engines under the sanitizer would take minutes.
-            missing: Result = {"ok": False, "error": "there are no plans: run stage plugins", "seconds": 0.0}
-            for tool in SANITIZED:
-                self._keep("sanitizer", tool, missing)
+            for tool in SANITIZED:  # building engines under the sanitizer would take minutes
+                self.runner.fail("sanitizer", tool, "there are no plans: run stage plugins")
         elif "sanitizer" in wanted:
-            self._all([partial(self.sanitizer, tool) for tool in SANITIZED])
+            together([partial(self.sanitizer, tool) for tool in SANITIZED])
 
-    def plugins(self) -> None:
-        """tests/gpu/test_trt_plugins.py; counts of bytes and errors come from the properties it records."""
-        report = self.work / "logs" / "plugins.xml"
-        report.unlink(missing_ok=True)
-        command = [*_PYTEST, f"--junitxml={report}"]
-        self.command("plugins", "all", command, 400, lambda output, code: {"ok": code == 0, **read_junit(report)})
+    def pytest(self, stage: str, key: str, file: str, seconds: float, *more: str, threads: int = 2) -> None:
+        """tests/gpu/test_{file}.py; counts of bytes and errors come from the properties it records."""
+        report = self.runner.logs / f"{stage}.{key}.xml"
+        if self.runner.kept(stage, key) is None:
+            report.unlink(missing_ok=True)
+        command = [*_PYTEST, f"tests/gpu/test_{file}.py", f"--junitxml={report}", *more]
+
+        def read(output: str, code: int) -> Result:
+            if not report.is_file():  # ended by its limit: pytest writes it last
+                return {"ok": False}
+            found = read_junit(report)
+            problem = None if found["ok"] else f"failed: {', '.join(found['failed']) or 'no test ran'}"
+            return {**found, "ok": code == 0 and found["ok"], "error": problem}
+
+        self.runner.command(stage, key, command, seconds, read, threads=threads)
+
+    def tests(self, name: str, quiet: bool = False) -> None:
+        """One file of TESTS: what may run beside others, or the tests in QUIET."""
+        if quiet:
+            self.pytest("tests", f"{name}_quiet", name, TESTS[name], "-k", QUIET[name])
+            return
+        some = ("-k", f"not ({QUIET[name]})") if name in QUIET else ()
+        with self._slots["tests"]:
+            self.pytest("tests", name, name, TESTS[name], *some)
 
     def sanitizer(self, tool: str) -> None:
         """One tool of compute-sanitizer over SANITIZED, without torch's caching allocator, which would hide errors."""
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "50"]
-        command += [*_PYTEST, "-k", SANITIZED[tool]]
+        command += [*_PYTEST, "tests/gpu/test_trt_plugins.py", "-k", SANITIZED[tool]]
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        self.command("sanitizer", tool, command, 240, read_sanitizer, env)
+        self.runner.command("sanitizer", tool, command, 240, read_sanitizer, env)
 
     def inplace(self, engines: list[tuple[str, str]]) -> None:
         """Addresses and time of a step over capacities: of engines, and of one operator with a large cache and ncu."""
         for key, folder in [item for item in engines if "fused" in item[0]][:2]:
-            self.job("addresses", key, {"engine": folder, "steps": 40}, 120)
+            self.runner.job("addresses", key, {"engine": folder, "steps": 40}, 120)
         for capacity in (65536, 131072):
             base = [sys.executable, "-m", "benchmarks.report_traffic", str(capacity)]
-            self.command("traffic", str(capacity), base, 120, read_last_json)
+            self.runner.command("traffic", str(capacity), base, 120, read_last_json)
             metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
             ncu = ["ncu", "--graph-profiling", "graph", "--profile-from-start", "off", "--metrics", metrics]
             ncu += ["--csv", "--print-units", "base"]
-            self.command("ncu", str(capacity), [*ncu, *base, "--profile"], 150, read_ncu)
+            self.runner.command("ncu", str(capacity), [*ncu, *base, "--profile"], 150, read_ncu)
 
-    def diff(self, combo: Combo) -> None:
-        """`hqmq-trt diff`: PyTorch, ONNX Runtime and TensorRT over a prefill of 512 and 64 decode steps."""
-        command = [sys.executable, "-m", "hqmq_trt.cli", "diff", str(self.onnx(combo)), "--model"]
-        command += [self.model(combo.model), "--engine", str(self.engine(combo)), "--tokens", "512"]
-        command += ["--decode-steps", "64", "--threads", "4", "--json"]
-        self.command("diff", combo.key, command, self.options.limit, read_document)
-
-    def samples(self) -> None:
+    def samples(self, built: dict[str, Event]) -> None:
         """Build samples/cpp and compare what it decodes with the Python session; chat and `hqmq-trt run` once."""
+        if not built:
+            self.runner.fail("sample", "cpp", "there is no engine to run")
+            return
+        next(iter(built.values())).wait()
         engine = next((self.engine(c) for c in self.options.combos() if self.engine(c).is_dir()), None)
         if engine is None:
-            self._keep("sample", "cpp", {"ok": False, "error": "there is no engine to run", "seconds": 0.0})
+            self.runner.fail("sample", "cpp", "there is no engine to run")
             return
         arguments: Result = {"engine": str(engine), "build": str(self.work / "sample"), "cmake": self.options.cmake}
         arguments |= {"prompt": self.options.prompt, "count": self.options.tokens}
-        self.job("sample", "cpp", arguments, 180)
+        self.runner.job("sample", "cpp", arguments, 180)
         run = [sys.executable, "-m", "hqmq_trt.cli", "run", str(engine), "-n", "32", "-p", self.options.prompt]
-        self.command("sample", "run", run, 120, read_words)
+        self.runner.command("sample", "run", run, 120, read_words)
         chat = (
             f"printf 'Why is the sky blue?\\nSay it in one line.\\n' | {sys.executable} samples/chat.py {engine} -n 32"
         )
-        self.command("sample", "chat", ["sh", "-c", chat], 120, read_words)
+        self.runner.command("sample", "chat", ["sh", "-c", chat], 120, read_words)
 
-    def job(self, job: str, key: str, arguments: Result, seconds: float) -> Result:
-        """Run a job of benchmarks.report_jobs in its own process; its result, with ``ok``."""
-        given, made = self.work / "logs" / f"{job}.{key}.args.json", self.work / "logs" / f"{job}.{key}.out.json"
-        given.write_text(json.dumps(arguments), encoding="utf-8")
-        made.unlink(missing_ok=True)
+    def _speed(self, stage: str, *more: str) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.engine", "--output", str(self.work / "speed")]
+        return [*command, "--work", str(self.work / "speed"), "--stages", stage, *more, *self.options.speed]
 
-        def read(output: str, code: int) -> Result:
-            if code or not made.is_file():
-                return {"ok": False}
-            found: Result = json.loads(made.read_text(encoding="utf-8"))
-            return {"ok": True, **found, **{"job_seconds": found.get("seconds")}}
+    def speed_engines(self, built: dict[str, Event]) -> None:
+        """Export and build the engines of benchmarks/engine.py, after the models' own: a builder times kernels."""
+        for event in built.values():
+            event.wait()
+        self.runner.command("speed", "prepare", self._speed("prepare"), self.options.limit)
 
-        command = [sys.executable, "-m", "benchmarks.report_jobs", job, str(given), str(made)]
-        slot = self._slots.get(job)
-        if slot is None:
-            return self.command(job, key, command, seconds, read)
-        with slot:
-            return self.command(job, key, command, seconds, read)
-
-    def command(
-        self,
-        stage: str,
-        key: str,
-        command: list[str],
-        seconds: float,
-        read: Callable[[str, int], Result] | None = None,
-        env: dict[str, str] | None = None,
-    ) -> Result:
-        """Run a command, keep its output in logs/ and its result in results/; never raises for what the command does.
-
-        `read(output, exit code)` makes the result; without it ``ok`` is exit code 0.
-        """
-        kept = self.results / f"{stage}.{key}.json"
-        if kept.is_file() and not self.options.again:
-            found: Result = json.loads(kept.read_text(encoding="utf-8"))
-            if found["ok"]:
-                log(f"{stage} {key}: done before")
-                return found
-        left = self.options.deadline - time.monotonic()
-        if left < 5:
-            return self._keep(
-                stage, key, {"ok": False, "error": "the time was up: run the stage again", "seconds": 0.0}
-            )
-        threads = str(max((os.cpu_count() or 4) // 4, 1))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": _python_path(), **(env or {})}
-        environment |= {"HQMQ_TEST_PLANS": str(self.work / "plans")}
-        output_file = self.work / "logs" / f"{stage}.{key}.log"
-        log(f"{stage} {key}: started")
-        started = time.monotonic()
-        with output_file.open("w", encoding="utf-8") as file:
-            code, problem = _run(command, file, environment, min(seconds, left))
-        took = time.monotonic() - started
-        output = output_file.read_text(encoding="utf-8", errors="replace")
-        try:
-            result = read(output, code) if read else {"ok": code == 0}
-        except Exception as error:
-            result, problem = {"ok": False}, f"{problem}; its output cannot be read: {type(error).__name__}: {error}"
-        if not result["ok"]:
-            result["error"] = result.get("error") or f"{problem or 'failed'}: {last_words(output)}"
-        return self._keep(stage, key, {**result, "seconds": took})
-
-    def _keep(self, stage: str, key: str, result: Result) -> Result:
-        (self.results / f"{stage}.{key}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        log(f"{stage} {key}: {'ok' if result['ok'] else 'FAILED'} after {result['seconds']:.1f} s")
-        if not result["ok"]:
-            log(f"  {result.get('error', '')[:400]}")
-        return result
-
-    def collect(self) -> dict[str, dict[str, Result]]:
-        """All results kept: stage → key → result."""
-        found: dict[str, dict[str, Result]] = {}
-        for path in sorted(self.results.glob("*.json")):
-            stage, _, key = path.stem.partition(".")
-            found.setdefault(stage, {})[key] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-
-    def _all(self, tasks: list[Callable[[], Any]]) -> None:
-        if not tasks:
+    def speed(self) -> None:
+        """Measure the table of benchmarks/engine.py; what a killed run has measured is read too."""
+        if self.runner.kept("speed", "prepare") is None:
+            self.runner.fail("speed", "measure", "its engines were not built")
             return
-        with ThreadPoolExecutor(min(self.options.jobs, len(tasks))) as pool:
-            for future in [pool.submit(task) for task in tasks]:
-                future.result()
+        budget = min(270.0, self.runner.left() - 45)
+        command = self._speed("measure", "--budget", f"{max(budget, 1):.0f}")
+        table = self.work / "speed" / "engine.json"
+        if self.runner.kept("speed", "measure") is None:
+            table.unlink(missing_ok=True)
+        self.runner.command("speed", "measure", command, 330, partial(read_speed, table), threads=4)
+
+    def copy_speed(self, output: Path) -> None:
+        """Copy the table and plot of benchmarks/engine.py, where there are any."""
+        for name in ("engine.json", "engine.md", "engine.png"):
+            with suppress(FileNotFoundError):
+                shutil.copyfile(self.work / "speed" / name, output / name)
 
 
-_PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-q",
-    "--no-header",
-    "-p",
-    "no:cacheprovider",
-    "tests/gpu/test_trt_plugins.py",
-]
-
-
-def _run(command: list[str], file: Any, environment: dict[str, str], seconds: float) -> tuple[int, str]:
-    """Exit code and what went wrong; after `seconds` the command ends with all that it started."""
-    try:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-        )
-    except OSError as error:
-        return -1, str(error)
-    try:
-        code = process.wait(seconds)
-        return code, f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired:
-        return -1, f"not done after {seconds:.0f} s"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+_PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]

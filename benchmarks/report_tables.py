@@ -49,7 +49,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def sheets(results: Results) -> list[Sheet]:
     """A table for every stage that ran."""
-    made = [_engines, _texts, _plugins, _memory, _inplace, _diff, _sanitizer, _others, _failures]
+    made = [_engines, _texts, _plugins, _memory, _inplace, _diff, _sanitizer, _tests, _speed, _others, _failures]
     return [sheet for make in made if (sheet := make(results)) and sheet.rows]
 
 
@@ -164,10 +164,33 @@ def _sanitizer(results: Results) -> Sheet:
     return Sheet("Sanitizer", columns, rows)
 
 
+def _tests(results: Results) -> Sheet:
+    rows = []
+    for key, found in results.get("tests", {}).items():
+        counts = [str(found.get(name, "")) for name in ("passed", "failures", "errors", "skipped")]
+        rows.append([key, f"{found['seconds']:.0f}", *counts, ", ".join(found.get("failed", [])), _passed(found)])
+    return Sheet("Tests on the GPU", ("file", "s", "passed", "failed", "errors", "skipped", "which", ""), rows)
+
+
+def _speed(results: Results) -> Sheet:
+    found = results.get("speed", {}).get("measure", {})
+    rows = []
+    for row in sorted(found.get("rows", []), key=lambda r: (r["batch_asked"], r["context"], r["case"])):
+        if "ms" not in row:
+            rows.append([str(row["batch_asked"]), f"{row['context']:,}", row["case"], *[""] * 4, row["skipped"][:80]])
+            continue
+        cells = [_number(row.get(key), style) for key, style in (("ms", ".3f"), ("tokens_per_s", ",.0f"))]
+        cells += [_number(row.get(key), ".2f") for key in ("over_fp16", "over_torch")]
+        rows.append([str(row["batch"]), f"{row['context']:,}", row["case"], *cells, ""])
+    columns = ("batch", "context", "case", "ms", "tokens/s", "x fp16", "x PyTorch", "")
+    targets = (f"{t['target']}: {_number(t['value'], '.2f') or 'not measured'}" for t in found.get("targets", []))
+    return Sheet(f"Decode steps: {found.get('title', '')}", columns, rows, "; ".join(targets))
+
+
 def _others(results: Results) -> Sheet:
     rows = [
         [f"{stage} {key}", f"{found['seconds']:.0f} s", _passed(found), str(found.get("speed", ""))]
-        for stage in ("build", "convert", "sample")
+        for stage in ("build", "convert", "sample", "speed")
         for key, found in results.get(stage, {}).items()
     ]
     return Sheet(
@@ -204,18 +227,26 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def write_report(results: Results, where: dict[str, str], output: Path) -> None:
-    """Print all tables; write report.md and report.json."""
-    heading = (
-        " · ".join(f"{where[key]}" for key in ("date", "card")) + f", driver {where['driver']} · {where['commit']}"
-    )
-    versions = ", ".join(f"{name} {where[name]}" for name in ("tensorrt", "torch", "onnxruntime", "transformers"))
-    console, made = Console(width=150), sheets(results)
-    console.print(heading, versions, sep="\n")
-    for sheet in made:
+def _heading(where: dict[str, str]) -> tuple[str, str]:
+    date = f"{where['date']} · {where['card']}, driver {where['driver']} · {where['commit']}"
+    return date, ", ".join(f"{name} {where[name]}" for name in ("tensorrt", "torch", "onnxruntime", "transformers"))
+
+
+def print_report(results: Results, where: dict[str, str]) -> None:
+    """All tables on the terminal."""
+    console = Console(width=150)
+    console.print(*_heading(where), sep="\n")
+    for sheet in sheets(results):
         console.print(sheet.rich())
-    written = texts_markdown(results)
-    console.print(written, markup=False, highlight=False)
-    body = "\n".join([f"## {heading}", f"{versions}", "", *(sheet.markdown() for sheet in made), written])
-    (output / "report.md").write_text(body, encoding="utf-8")
-    (output / "report.json").write_text(json.dumps({"machine": where, "results": results}, indent=1), encoding="utf-8")
+    console.print(texts_markdown(results), markup=False, highlight=False)
+
+
+def write_report(results: Results, where: dict[str, str], output: Path) -> None:
+    """Write report.md and report.json; each is complete at any time."""
+    heading, versions = _heading(where)
+    body = [f"## {heading}", versions, "", *(sheet.markdown() for sheet in sheets(results)), texts_markdown(results)]
+    document = json.dumps({"machine": where, "results": results}, indent=1)
+    for name, text in (("report.md", "\n".join(body)), ("report.json", document)):
+        part = output / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(output / name)
