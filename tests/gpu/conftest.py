@@ -1,0 +1,27 @@
+"""Host references of GPU tests use a few cores only: their operations are small, and more threads would spin."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+import torch
+
+from hqmq_trt import native
+from hqmq_trt.errors import HqmqError
+
+THREADS = 2
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, THREADS))
+    with suppress(HqmqError):  # not built: the tests that need it say so
+        native.set_num_threads(int(os.environ.get("HQMQ_NUM_THREADS", THREADS)))
+    yield
+    torch.set_num_threads(before)
+    with suppress(HqmqError):
+        native.set_num_threads(0)
