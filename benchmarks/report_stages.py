@@ -297,7 +297,7 @@ class Stages:
         report = self.runner.logs / f"{stage}.{key}.xml"
         if self.runner.kept(stage, key) is None:
             report.unlink(missing_ok=True)
-        command = [*_PYTEST, f"tests/gpu/test_{file}.py", f"--junitxml={report}", *more]
+        command = [sys.executable, *_PYTEST, f"tests/gpu/test_{file}.py", f"--junitxml={report}", *more]
 
         def read(output: str, code: int) -> Result:
             if not report.is_file():  # ended by its limit: pytest writes it last
@@ -320,7 +320,7 @@ class Stages:
     def sanitizer(self, tool: str) -> None:
         """One tool of compute-sanitizer over SANITIZED, without torch's caching allocator, which would hide errors."""
         command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "50"]
-        command += [*_PYTEST, "tests/gpu/test_trt_plugins.py", "-k", SANITIZED[tool]]
+        command += [sys.executable, *_PYTEST, "tests/gpu/test_trt_plugins.py", "-k", SANITIZED[tool]]
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         self.runner.command("sanitizer", tool, command, 240, read_sanitizer, env)
 
@@ -385,4 +385,4 @@ class Stages:
                 shutil.copyfile(self.work / "speed" / name, output / name)
 
 
-_PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+_PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,13 @@ import pytest
 import torch
 import typer
 
-from benchmarks import engine, report_commands
+from benchmarks import engine
 from benchmarks.decode_cases import Shape, TorchDecoder, plan_points, random_model
 from benchmarks.engine import Point, finish, measure, sequences_that_fit, table, targets
 from benchmarks.gpu_report import parse_model
-from benchmarks.report_commands import Runner
 from benchmarks.report_jobs import compare_logits, follow
-from benchmarks.report_readers import last_words, read_document, read_junit, read_ncu, read_sanitizer, read_speed
-from benchmarks.report_stages import Combo, Options, Stages
-from benchmarks.report_tables import print_report, sheets, write_report
-from hqmq_trt.manifest import Manifest
+from benchmarks.report_readers import last_words, read_junit, read_ncu, read_sanitizer, read_speed
+from benchmarks.report_tables import sheets
 
 TINY = Shape(layers=2, vocab=64, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96)
 
@@ -165,63 +160,6 @@ def test_models_on_the_command_line() -> None:
         parse_model("/x/y")
 
 
-def options(folder: Path | str, schemes: str = "hq4") -> Options:
-    """For one model ``m``."""
-    models: dict[str, tuple[str, str | None]] = {"m": (str(folder), None)}
-    modes, limits = ["fused", "qdq"], (1, 64, 16, 4)
-    return Options(models, modes, schemes.split(","), False, [], *limits, "x", 60.0, [], False, [])
-
-
-def test_the_exports_of_a_model_fork_from_one_process(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    written: list[int] = []
-    runner = Runner(tmp_path, False, time.monotonic() + 300, lambda: written.append(len(runner.collect())))
-    stages = Stages(runner, options(tiny_model("llama"), "hq4,paper:s0_r1"))
-    stages.run({"export"})
-    results = runner.collect()
-    assert results["convert"]["m"]["ok"]
-    assert {key: found["ok"] for key, found in results["export"].items()} == {
-        "m.fused.hq4": True, "m.qdq.hq4": True, "m.fused.paper_s0_r1": False, "m.qdq.paper_s0_r1": False,
-    }  # fmt: skip
-    assert results["export"]["m.fused.paper_s0_r1"]["error"].startswith("HqmqError: ")
-    for combo in (Combo("m", "fused", "hq4"), Combo("m", "qdq", "hq4")):
-        manifest = Manifest.load(stages.onnx(combo))
-        assert (manifest.mode, manifest.source, manifest.dtype) == (combo.mode, "m", "float16")
-        assert manifest.tokenizer_files
-    assert len(written) == 5, "the report is written anew after every result"
-
-
-def test_a_batch_that_is_ended_keeps_the_cases_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "python"
-    program.write_text(
-        f"#!{sys.executable}\nimport json, pathlib, sys, time\n"
-        "cases = json.load(open(sys.argv[4]))['cases']\n"
-        "pathlib.Path(cases[0]['result']).write_text(json.dumps({'ok': True, 'seconds': 1.0, 'n': 7}))\n"
-        "print('second case', flush=True)\ntime.sleep(60)\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(report_commands.sys, "executable", str(program))
-    runner = Runner(tmp_path, False, time.monotonic() + 100)
-    seen: list[tuple[str, bool]] = []
-    runner.batch("text", "m", {}, {"a": {}, "b": {}}, 2, lambda key, found: seen.append((key, found["ok"])))
-    assert seen == [("a", True), ("b", False)]
-    results = runner.collect()["text"]
-    assert results["a"]["n"] == 7
-    assert results["b"]["error"] == "not done after 2 s: second case"
-    runner.batch("text", "m", {}, {"a": {}}, 2, lambda key, found: seen.append((key, found["ok"])))
-    assert seen[-1] == ("a", True), "what succeeded is not run again"
-
-
-def test_a_test_file_of_the_gpu_is_run_with_its_limit_and_what_failed_is_named(tmp_path: Path) -> None:
-    runner = Runner(tmp_path, False, time.monotonic() + 100)
-    stages = Stages(runner, options("nowhere"))
-    stages.pytest("tests", "none", "no_such_file", 60)
-    assert not runner.collect()["tests"]["none"]["ok"]
-    report = runner.logs / "tests.ended.xml"
-    stages.pytest("tests", "ended", "trt_session", 0.1)
-    assert not report.exists()
-    assert runner.collect()["tests"]["ended"]["error"].startswith("not done after 0 s")
-
-
 def test_a_speed_table_is_there_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opener(self: Any, folder: Path, batch: int, context: int) -> None:
         if folder.name.startswith("fp16"):
@@ -246,26 +184,6 @@ def test_a_speed_table_is_there_after_every_case(tmp_path: Path, monkeypatch: py
         s for s in sheets({"speed": {"measure": {**found, "error": "ended", "seconds": 1.0}}}) if "toy model" in s.title
     ]
     assert len(sheet.rows) == len(document["rows"]) == 8
-
-
-def test_a_failing_job_is_recorded_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stages = Runner(tmp_path / "work", False, time.monotonic() + 100)
-    assert options("nowhere").combos() == [Combo("m", "fused", "hq4"), Combo("m", "qdq", "hq4")]
-    assert Combo("m", "qdq", "paper:s96_r4+med3").key == "m.qdq.paper_s96_r4_med3"
-    failed = stages.command("build", "configure", ["sh", "-c", "echo no [compiler] here; exit 3"], 10)
-    assert failed["error"] == "exit code 3: no [compiler] here"
-    assert stages.command("build", "slow", ["sleep", "30"], 1)["error"].startswith("not done after 1 s")
-    assert stages.command("diff", "e", ["sh", "-c", 'echo note; echo "{\\"a\\": 1}"'], 10, read_document)["ok"]
-    again = stages.command("diff", "e", ["false"], 10)
-    assert again["document"] == {"a": 1}, "what succeeded is not run again"
-    results = stages.collect()
-    where = dict.fromkeys(("date", "card", "driver", "commit", "tensorrt", "torch", "onnxruntime", "transformers"), "?")
-    write_report(results, where, tmp_path)
-    print_report(results, where)
-    assert "no [compiler] here" in capsys.readouterr().out
-    assert "| build configure | exit code 3: no [compiler] here |" in (tmp_path / "report.md").read_text()
-    assert json.loads((tmp_path / "report.json").read_text())["results"]["diff"]["e"]["ok"]
-    assert sheets({}) == []
 
 
 def test_the_exception_is_the_last_word() -> None:
