@@ -203,7 +203,8 @@ class EngineDecoder:
 
 class TorchDecoder:
     """The same model in PyTorch: fp16 static cache, cuDNN attention, q/k/v and gate/up as one product each, and one
-    CUDA graph a point that also holds the copies of ids and logits. On the CPU: no graph, PyTorch's own attention."""
+    CUDA graph a point that also holds the copies of ids and of logits (fp16; an engine of ours copies float32). On the
+    CPU: no graph, PyTorch's own attention."""
 
     def __init__(self, model: Any, shape: Shape, batch: int, context: int) -> None:
         self.shape, self.weights, self.device = shape, _Weights(model), model.device

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from hqmq_trt.engine import (
@@ -22,9 +24,10 @@ from hqmq_trt.engine import (
     timing_cache,
 )
 from hqmq_trt.engine.device import Gpu, current_gpu
-from hqmq_trt.engine.network import read_graph
+from hqmq_trt.engine.network import engine_model, read_graph
 from hqmq_trt.engine.polygraphy_arguments import arguments
 from hqmq_trt.engine.profiles import Limits, profile_shapes
+from hqmq_trt.engine.refit import refit_engine
 from hqmq_trt.engine.versions import check_tensorrt
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import FORMAT_VERSION
@@ -240,6 +243,43 @@ def test_graph_of_another_manifest(export: Path, tmp_path: Path, tiny_export: Ca
     shutil.copyfile(export / "model.onnx", tmp_path / manifest.model_file)
     with pytest.raises(HqmqError, match=r"inputs are not those of the manifest \(past\.0\.key"):
         read_graph(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("damage", ["name", "type", "shape"])
+def test_graph_without_logits(export: Path, damage: str) -> None:
+    model = onnx.load(export / "model.onnx", load_external_data=False)
+    (logits,) = [value for value in model.graph.output if value.name == "logits"]
+    if damage == "name":
+        logits.name = "present_length_again"
+    elif damage == "type":
+        logits.type.tensor_type.elem_type = onnx.TensorProto.INT32
+    else:
+        del logits.type.tensor_type.shape.dim[1]
+    onnx.save(model, export / "model.onnx")
+    with pytest.raises(HqmqError, match=r"model\.onnx: has no output logits \[batch, num_logits, vocabulary\]; export"):
+        engine_model(export / "model.onnx")
+
+
+def test_refit_parses_the_graph_of_the_build(
+    export: Path, tmp_path: Path, fake: Callable[..., FakeTensorRT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = fake()
+    build_engine(export, tmp_path / "e", timing_cache=tmp_path / "t", strip_weights=True)
+    parsed: list[onnx.ModelProto] = []
+
+    def parser(refitter: Any, log: Any) -> Any:
+        def refit(content: bytes, path: str) -> bool:
+            assert path == str((export / "model.onnx").resolve())
+            parsed.append(onnx.ModelProto.FromString(content))
+            return True
+
+        return SimpleNamespace(refit_from_bytes=refit)
+
+    trt.OnnxParserRefitter = parser
+    trt.Refitter = lambda engine, log: SimpleNamespace(refit_cuda_engine=lambda: True)
+    refit_engine(None, tmp_path / "e", EngineManifest.load(tmp_path / "e"))
+    assert parsed == trt.models
+    assert {"logits", "logits_sum"} < {value.name for value in parsed[0].graph.output}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Exported graphs hold nothing that TensorRT 10.6 cannot parse, or would read otherwise in a strongly typed network."""
+"""Exported graphs, as the engine builder hands them to TensorRT, hold nothing that TensorRT 10.6 cannot parse, or would
+read otherwise in a strongly typed network."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from onnx import TensorProto
 
 from hqmq_trt import contract
+from hqmq_trt.engine.network import engine_model
 from hqmq_trt.export import export_model
 from tests.test_export import make_model
 
@@ -22,7 +24,7 @@ _PARSED: dict[str, set[int]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Min", "Max", "Clip", "Neg", "Abs"), _NUMBERS),
     **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), _NUMBERS),
     **dict.fromkeys(("Pow", "Sqrt", "Reciprocal", "Cos", "Sin", "Tanh", "Sigmoid", "Exp", "Erf", "Gelu"), _FLOATS),
-    **dict.fromkeys(("MatMul", "Gemm", "Softmax", "ReduceMean"), _FLOATS),
+    **dict.fromkeys(("MatMul", "Gemm", "Softmax", "ReduceMean", "ReduceSum"), _FLOATS),
     **dict.fromkeys(("And", "Or", "Not", "Where"), _BOOL),
     **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherND", "Reshape", "Shape", "Slice"), _ANY),
     **dict.fromkeys(("Squeeze", "Unsqueeze", "Transpose", "Identity"), _ANY),
@@ -31,7 +33,7 @@ _PARSED: dict[str, set[int]] = {
 """Operators that docs/operators.md of onnx-tensorrt 10.6 lists, with the types of the first input (Clip: integers too,
 as its importer does them by minimum and maximum)."""
 _ONE_TYPE = ("Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Less", "LessOrEqual", "Greater", "And", "MatMul", "Gemm")
-_CONSTANT_INPUTS = {"Squeeze": (1,), "Unsqueeze": (1,), "ReduceMean": (1,), "Slice": (3, 4)}
+_CONSTANT_INPUTS = {"Squeeze": (1,), "Unsqueeze": (1,), "ReduceMean": (1,), "ReduceSum": (1,), "Slice": (3, 4)}
 
 CASES = [
     ("llama", "fused", "float16", "hq4"),
@@ -47,7 +49,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     name, mode, dtype, scheme = request.param
     folder: Path = tmp_path_factory.mktemp("graphs") / "m"
     export_model(make_model(name).to(getattr(torch, dtype)), folder, scheme, mode=mode)
-    return onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx"), check_type=True, strict_mode=False)
+    made = engine_model(folder / "model.onnx")
+    onnx.load_external_data_for_model(made, str(folder))
+    return onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=False)
 
 
 def types(model: Any) -> dict[str, int]:
@@ -67,6 +71,22 @@ def test_every_operator_is_parsed_with_its_types(model: Any) -> None:
         assert known[node.input[0]] in _PARSED[node.op_type], (
             f"{node.name}: {node.op_type} of type {known[node.input[0]]}"
         )
+
+
+def test_logits_are_float32_with_their_sums(model: Any) -> None:
+    onnx.checker.check_model(model, full_check=False)
+    found = {}
+    for value in model.graph.output:
+        dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        found[value.name] = (value.type.tensor_type.elem_type, dims)
+    kind, dims = found["logits"]
+    assert kind == TensorProto.FLOAT
+    assert dims[:2] == ["batch", "num_logits"]
+    assert isinstance(dims[2], int)
+    assert found["logits_sum"] == (TensorProto.FLOAT, dims[:2])
+    nodes = [node.name for node in model.graph.node]
+    assert all(nodes)
+    assert len(set(nodes)) == len(nodes)
 
 
 def test_no_two_types_meet_in_a_node(model: Any) -> None:

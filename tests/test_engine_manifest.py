@@ -97,6 +97,12 @@ def test_other_versions(tmp_path: Path, field: str) -> None:
     refuse(tmp_path, field, "99", "build the engine again")
 
 
+def test_engines_without_sums_of_logits(tmp_path: Path) -> None:
+    write_engine(tmp_path)
+    edit(tmp_path, engine_version=1)
+    refuse(tmp_path, "engine_version is 1, this library knows 2", "build the engine again with `hqmq-trt build`")
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

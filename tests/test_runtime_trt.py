@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from hqmq_trt import cli
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import OrtSession, TrtSession, cuda_driver, open_session, trt_engine
-from hqmq_trt.runtime.widen import widen
 from tests import simulated_gpu
 from tests.simulated_gpu import Gpu
 from tests.trt_session_cases import MAX_BATCH, MAX_CONTEXT, PREFILL_CHUNK, TrtSessionCases, text
@@ -36,12 +35,7 @@ def engine(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """A simulated GPU that must be empty, and whose context must not be current, at the end."""
-    gpu = simulated_gpu.simulate(monkeypatch)
-    yield gpu
-    trt_engine.trt_log.cache_clear()
-    gc.collect()
-    assert (gpu.depth, gpu.live, gpu.graphs) == (0, {}, 0)
+    yield from simulated_gpu.simulation(monkeypatch)
 
 
 @pytest.fixture
@@ -87,19 +81,6 @@ def test_a_decode_step_is_one_graph_launch(engine: Path, gpu: Gpu) -> None:
         assert (gpu.graphs, gpu.launches) == (0, 6)
 
 
-def test_widen_is_exact() -> None:
-    bits = np.arange(1 << 16, dtype=np.uint16)
-    half = bits.view(np.float16)
-    finite = half[np.isfinite(half)]
-    wide = finite.astype(np.float32)
-    np.testing.assert_array_equal(widen(finite).view(np.uint32), wide.view(np.uint32))
-    np.testing.assert_array_equal(widen(half), half.astype(np.float32))
-    out = np.empty_like(wide)
-    assert widen(finite, out) is out
-    assert widen(wide) is wide
-    np.testing.assert_array_equal(widen(bits).view(np.uint32), bits.astype(np.uint32) << 16)
-
-
 def test_a_refused_capture_is_an_error(engine: Path, gpu: Gpu) -> None:
     with TrtSession(engine, 1) as session:
         session.append([text(3)])
@@ -122,7 +103,7 @@ def test_out_of_device_memory(engine: Path, gpu: Gpu) -> None:
         gpu.capacity = sum(gpu.live.values())
         ids = np.ones((1, 20), np.int64)
         every = np.arange(20, dtype=np.int64)[None]
-        with pytest.raises(HqmqError, match="the logits of many rows needs 20,800 bytes, 0 of"):
+        with pytest.raises(HqmqError, match="the logits of many rows needs 21,056 bytes, 0 of"):
             session.step(ids, np.array([20], np.int32), every)
         assert session.append([text(20)]).any()
         gpu.capacity *= 2

@@ -19,8 +19,11 @@ from hqmq_trt.manifest import Count, Digest, ModelFile, file_digest
 
 ENGINE_FILE = "engine.json"
 PLAN_FILE = "engine.plan"
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
+"""2: logits are float32, and the engine has the output logits_sum."""
 KIND = "hqmq_trt.engine"
+LOGITS_SUM = "logits_sum"
+"""Output of an engine that its ONNX file lacks: see hqmq_trt.engine.network.engine_model."""
 DECODE_PROFILE, PREFILL_PROFILE = 0, 1
 """Optimisation profiles: one token a sequence; up to `prefill_chunk` tokens a sequence."""
 

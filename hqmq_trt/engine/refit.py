@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from hqmq_trt.engine.manifest import EngineManifest
+from hqmq_trt.engine.network import engine_model
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import file_digest
 
@@ -45,8 +44,7 @@ def refit_engine(engine: Any, engine_folder: str | Path, manifest: EngineManifes
 
     folder = model_folder(engine_folder, manifest)
     path = folder / next(file.name for file in manifest.source_model if file.purpose == "model")
-    model = onnx.load(path, load_external_data=False)
-    del model.functions[:]  # as for the build, so that nodes and weights get the same names
+    model = engine_model(path)
     log = trt_log()
     log.errors.clear()
     refitter = trt.Refitter(engine, log)

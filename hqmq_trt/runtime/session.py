@@ -279,8 +279,7 @@ class Session(ABC):
 
     def _grow(self, logits: Logits, new_length: NDArray[np.int32]) -> None:
         """Take over a run's tokens, once its logits are known to be finite."""
-        # min and max hand NaN on, and are quicker than isfinite.
-        if logits.size and not (math.isfinite(logits.max()) and math.isfinite(logits.min())):
+        if not self._finite(logits):
             bad = ~np.isfinite(logits).all((1, 2)) & (new_length > 0)
             if bad.any():
                 raise HqmqError(
@@ -288,3 +287,8 @@ class Session(ABC):
                     f"activations overflow {self.manifest.dtype}: export with --dtype float32"
                 )
         self.lengths[: len(new_length)] += new_length
+
+    def _finite(self, logits: Logits) -> bool:
+        """Whether all logits of the last run are finite; a runtime that is not sure says no, and they are looked at."""
+        # min and max hand NaN on, and are quicker than isfinite.
+        return not logits.size or (math.isfinite(logits.max()) and math.isfinite(logits.min()))

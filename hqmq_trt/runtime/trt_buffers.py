@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hqmq_trt.engine.manifest import LOGITS_SUM
 from hqmq_trt.format import CacheTensor
 from hqmq_trt.runtime.cuda_driver import Device
 
@@ -131,3 +132,44 @@ class StepInputs:
             self._memory = None
             self._host = np.empty(0, np.uint8)
             self.host = {}
+
+
+class StepOutputs:
+    """Logits of a run of at most `rows` rows, on the device: logits_sum float32 [rows], then logits float32 [rows, V].
+
+    Attributes:
+        rows, nbytes: capacity, and bytes of device memory.
+        address: device address of each.
+        sums, logits: float32 [rows] and [rows, V] in pinned memory that `download` fills; None unless `pinned`.
+    """
+
+    def __init__(self, device: Device, rows: int, vocabulary: int, what: str, pinned: bool) -> None:
+        self._start, self._row_nbytes = aligned(4 * rows), 4 * vocabulary
+        self.rows, self.nbytes = rows, self._start + rows * self._row_nbytes
+        self._device = device
+        self._memory = device.allocate(self.nbytes, what)
+        self.address = {LOGITS_SUM: int(self._memory), "logits": int(self._memory) + self._start}
+        self._host: NDArray[np.uint8] | None = None
+        self.sums: NDArray[np.float32] | None = None
+        self.logits: NDArray[np.float32] | None = None
+        if pinned:
+            self._host = device.pinned(self.nbytes)
+            self.sums = self._host[: 4 * rows].view(np.float32)
+            self.logits = self._host[self._start :].view(np.float32).reshape(rows, vocabulary)
+
+    def download(self, stream: Any, rows: int) -> None:
+        """Copy the sums and the logits of the first rows to pinned memory, in one copy. The device must be current."""
+        assert self._host is not None
+        host = self._host[: self._start + rows * self._row_nbytes]
+        self._device.driver.memcpy_dtoh_async(host, int(self._memory), stream)
+
+    def download_to(self, stream: Any, sums: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
+        """Copy the first rows to arrays of the caller's. The device must be current."""
+        for name, host in ((LOGITS_SUM, sums), ("logits", logits)):
+            self._device.driver.memcpy_dtoh_async(host, self.address[name], stream)
+
+    def free(self) -> None:
+        """Give device and pinned memory back; a second call does nothing."""
+        if self._memory is not None:
+            self._memory.free()
+            self._memory = self._host = self.sums = self.logits = None

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hqmq_trt.engine.manifest import DECODE_PROFILE, PREFILL_PROFILE, EngineManifest
+from hqmq_trt.engine.manifest import DECODE_PROFILE, LOGITS_SUM, PREFILL_PROFILE, EngineManifest
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime.cuda_driver import Device, Graph
-from hqmq_trt.runtime.trt_buffers import CacheArena, StepInputs
+from hqmq_trt.runtime.trt_buffers import CacheArena, StepInputs, StepOutputs
 from hqmq_trt.runtime.trt_engine import load_engine, take_errors, tensorrt
 
 STEP_INPUTS = ("input_ids", "past_length", "new_length", "logits_index")
-STEP_OUTPUTS = ("logits", "present_length")
 
 
 class TrtExecutor:
@@ -30,7 +29,8 @@ class TrtExecutor:
 
     Attributes:
         device, arena: where it runs, and the cache.
-        logits_dtype: of the engine's output; bfloat16 appears as uint16.
+        sums: float32 [B, N], sums over the vocabulary of the logits that the last run brought to the host; overwritten
+            by the next.
         wait_seconds: time spent waiting for the GPU so far.
         prepared: decode contexts made and graphs captured so far.
 
@@ -55,6 +55,8 @@ class TrtExecutor:
         self._decode_contexts: dict[int, Any] = {}
         self._graphs: dict[tuple[int, bool], Graph] = {}
         self._memory: dict[str, Any] = {}
+        self._many_rows: StepOutputs | None = None
+        self.sums: NDArray[np.float32] = np.empty((0, 0), np.float32)
         self._sizes: dict[str, int] = {}
         self._prefill: Any = None
         self._prefill_batch = 0
@@ -64,15 +66,13 @@ class TrtExecutor:
             with self.device:
                 self.stream = self.device.stream()
                 self.arena = CacheArena(self.device, self.stream, manifest.cache(max_batch, num_pages))
-                self.logits_dtype = self._check_interface()
+                self._check_interface()
                 chunk = limits.prefill_chunk
                 self._decode_inputs = StepInputs(self.device, max_batch, 1, 1)
                 self._prefill_inputs = StepInputs(self.device, max_batch, chunk, chunk)
-                self._row_bytes = self._vocab * self.logits_dtype.itemsize
+                self._outputs = StepOutputs(self.device, max_batch, self._vocab, "the logits", pinned=True)
                 self._allocate("working memory", self._engine.device_memory_size_v2)
                 self._allocate("lengths", 4 * max_batch)
-                self._allocate("logits", max_batch * self._row_bytes)
-                self._pinned = self.device.pinned(max_batch * self._row_bytes).view(self.logits_dtype)
                 self._prefill = self._context(PREFILL_PROFILE)
         except self.device.driver.Error as error:
             self.close()
@@ -102,10 +102,9 @@ class TrtExecutor:
                     self._first_decode(key)
         except self.device.driver.Error as error:
             raise HqmqError(f"{self._folder}: {self.device.failure(error)}") from error
-        shape = (batch, 1, self._vocab)
         if not to_host:
-            return int(self._memory["logits"]), shape
-        return self._pinned[: batch * self._vocab].reshape(shape)
+            return self._outputs.address["logits"], (batch, 1, self._vocab)
+        return self._first_rows(batch)
 
     def prefill(
         self, ids: NDArray[Any], past: NDArray[Any], new: NDArray[Any], index: NDArray[Any], to_host: bool
@@ -116,29 +115,26 @@ class TrtExecutor:
         for name, values in zip(STEP_INPUTS, (ids, past, new, index), strict=True):
             host[name][: values.size] = values.ravel()
         shape = (batch, count, self._vocab)
-        nbytes = batch * count * self._row_bytes
-        where = "logits" if count == 1 else "logits of many rows"
         try:
             with self.device:
-                if self._sizes.get(where, 0) < nbytes:
-                    self._free(where)
-                    self._allocate(where, nbytes)
+                outputs = self._outputs if count == 1 else self._outputs_of(batch * count)
                 if self._prefill_batch != batch:
                     self._prefill_batch = 0
                     self._bind(self._prefill, inputs, batch)
                     self._prefill_batch = batch
                 self._shapes(self._prefill, batch, ids.shape[1], count)
-                self._call(self._prefill.set_tensor_address("logits", int(self._memory[where])), "bind logits")
+                self._bind_outputs(self._prefill, outputs)
                 inputs.upload(self.stream)
                 self._call(self._prefill.execute_async_v3(self.stream.handle), "run the engine")
                 if not to_host:
                     self._wait()
-                    return int(self._memory[where]), shape
+                    return outputs.address["logits"], shape
                 if count == 1:
-                    out = self._pinned[: batch * self._vocab].reshape(shape)
-                else:
-                    out = np.empty(shape, self.logits_dtype)
-                self.device.driver.memcpy_dtoh_async(out, int(self._memory[where]), self.stream)
+                    outputs.download(self.stream, batch)
+                    self._wait()
+                    return self._first_rows(batch)
+                self.sums, out = np.empty((batch, count), np.float32), np.empty(shape, np.float32)
+                outputs.download_to(self.stream, self.sums, out)
                 self._wait()
                 return out
         except self.device.driver.Error as error:
@@ -156,7 +152,8 @@ class TrtExecutor:
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory this session allocated itself, by use; TensorRT holds the weights besides."""
-        return {"cache": self.arena.nbytes, **self._sizes}
+        many = {} if self._many_rows is None else {"logits of many rows": self._many_rows.nbytes}
+        return {"cache": self.arena.nbytes, "logits": self._outputs.nbytes, **many, **self._sizes}
 
     def addresses(self, batch: int) -> dict[str, tuple[int, int]]:
         """Address bound to past.* and present.* of each cache tensor in the decode context of a batch size."""
@@ -180,12 +177,12 @@ class TrtExecutor:
             self._prefill = None
             self._engine = None
             self._runtime = None
-            for part in ("arena", "_decode_inputs", "_prefill_inputs"):
-                if hasattr(self, part):
-                    getattr(self, part).free()
+            for part in ("arena", "_decode_inputs", "_prefill_inputs", "_outputs", "_many_rows"):
+                if (block := getattr(self, part, None)) is not None:
+                    block.free()
             for name in list(self._memory):
                 self._free(name)
-            self._pinned = np.empty(0, np.uint8)
+            self.sums = np.empty((0, 0), np.float32)
             self.stream = None
 
     def _inputs(self, inputs: StepInputs) -> dict[str, NDArray[Any]]:
@@ -200,7 +197,7 @@ class TrtExecutor:
             context = self._context(DECODE_PROFILE)
             self._bind(context, self._decode_inputs, batch)
             self._shapes(context, batch, 1, 1)
-            self._call(context.set_tensor_address("logits", int(self._memory["logits"])), "bind logits")
+            self._bind_outputs(context, self._outputs)
             self._decode_contexts[batch] = context
             self.prepared += 1
         enqueue = partial(self._enqueue_decode, context, batch, to_host)
@@ -214,8 +211,24 @@ class TrtExecutor:
         self._decode_inputs.upload(self.stream)
         self._call(context.execute_async_v3(self.stream.handle), "run the engine")
         if to_host:
-            rows = self._pinned[: batch * self._vocab]
-            self.device.driver.memcpy_dtoh_async(rows, int(self._memory["logits"]), self.stream)
+            self._outputs.download(self.stream, batch)
+
+    def _first_rows(self, batch: int) -> NDArray[np.float32]:
+        """Logits [B, 1, V] that lie in pinned memory, and `sums` with them."""
+        sums, logits = self._outputs.sums, self._outputs.logits
+        assert sums is not None
+        assert logits is not None
+        self.sums = sums[:batch, None]
+        return logits[:batch, None]
+
+    def _outputs_of(self, rows: int) -> StepOutputs:
+        """Device memory for that many rows of logits, kept until more are asked for."""
+        if self._many_rows is None or self._many_rows.rows < rows:
+            if self._many_rows is not None:
+                self._many_rows.free()
+                self._many_rows = None
+            self._many_rows = StepOutputs(self.device, rows, self._vocab, "the logits of many rows", pinned=False)
+        return self._many_rows
 
     def _wait(self) -> None:
         start = time.perf_counter()
@@ -233,7 +246,7 @@ class TrtExecutor:
         return context
 
     def _bind(self, context: Any, inputs: StepInputs, batch: int) -> None:
-        """Bind everything but the logits; the front of each cache tensor for sequences 0…batch-1."""
+        """Bind everything but logits and their sums; the front of each cache tensor for sequences 0…batch-1."""
         for name, address in self.arena.address.items():
             shape = (batch, *self.arena.specs[name].shape[1:])
             self._call(context.set_input_shape(f"past.{name}", shape), f"give past.{name} the shape {shape}")
@@ -242,6 +255,10 @@ class TrtExecutor:
         for name, address in inputs.address.items():
             self._call(context.set_tensor_address(name, address), f"bind {name}")
         self._call(context.set_tensor_address("present_length", int(self._memory["lengths"])), "bind present_length")
+
+    def _bind_outputs(self, context: Any, outputs: StepOutputs) -> None:
+        for name, address in outputs.address.items():
+            self._call(context.set_tensor_address(name, address), f"bind {name}")
 
     def _shapes(self, context: Any, batch: int, tokens: int, rows: int) -> None:
         shapes = ((batch, tokens), (batch,), (batch,), (batch, rows))
@@ -262,8 +279,8 @@ class TrtExecutor:
         if what in self._memory:
             self._memory.pop(what).free()
 
-    def _check_interface(self) -> np.dtype[Any]:
-        """Compare the engine's tensors with the manifest's; the type of the logits."""
+    def _check_interface(self) -> None:
+        """Compare the engine's tensors with the manifest's."""
         engine, trt = self._engine, tensorrt()
         io_names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         found = {name: engine.get_tensor_dtype(name) for name in io_names}
@@ -272,17 +289,10 @@ class TrtExecutor:
         wanted = {f"{end}.{name}": types[spec.dtype] for name, spec in cache for end in ("past", "present")}
         wanted |= {"input_ids": trt.DataType.INT64, "logits_index": trt.DataType.INT64}
         wanted |= dict.fromkeys(("past_length", "new_length", "present_length"), trt.DataType.INT32)
-        logits: dict[Any, np.dtype[Any]] = {
-            trt.DataType.FLOAT: np.dtype(np.float32),
-            trt.DataType.HALF: np.dtype(np.float16),
-            trt.DataType.BF16: np.dtype(np.uint16),
-        }
-        kind = found.pop("logits", None)
+        wanted |= dict.fromkeys(("logits", LOGITS_SUM), trt.DataType.FLOAT)
         odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        if odd or kind not in logits:
-            name = odd[0] if odd else "logits"
+        if odd:
             raise HqmqError(
-                f"{self._folder}: the engine's tensor '{name}' is missing, unknown or of another type than the "
+                f"{self._folder}: the engine's tensor '{odd[0]}' is missing, unknown or of another type than the "
                 "manifest says; build the engine again"
             )
-        return logits[kind]

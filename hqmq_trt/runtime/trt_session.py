@@ -17,22 +17,22 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime.cache_file import model_digest
 from hqmq_trt.runtime.session import Logits, Session
 from hqmq_trt.runtime.trt_executor import TrtExecutor
-from hqmq_trt.runtime.widen import widen
 
 
 class DeviceLogits:
     """Logits [B, N, V] on the GPU, complete when the call that made them returns, and valid until the next run.
 
-    ``__cuda_array_interface__`` lets torch, pycuda, cupy and numba read them without a copy; bfloat16 appears as
-    uint16 bits, which the interface has no name for.
+    ``__cuda_array_interface__`` lets torch, pycuda, cupy and numba read them without a copy.
 
     Attributes:
-        shape, dtype, address: of the contiguous array.
+        shape, dtype, address: of the contiguous array; float32, whatever the model's type.
     """
+
+    dtype = np.dtype(np.float32)
 
     def __init__(self, executor: TrtExecutor, address: int, shape: tuple[int, ...]) -> None:
         self._executor = executor
-        self.address, self.shape, self.dtype = address, shape, executor.logits_dtype
+        self.address, self.shape = address, shape
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -46,8 +46,8 @@ class DeviceLogits:
         }
 
     def to_host(self) -> Logits:
-        """A float32 copy in host memory."""
-        return widen(self._executor.download(self.address, self.shape, self.dtype))
+        """A copy in host memory."""
+        return self._executor.download(self.address, self.shape, self.dtype)
 
 
 class TrtSession(Session):
@@ -55,8 +55,9 @@ class TrtSession(Session):
 
     The cache is one device allocation for `max_batch` x `max_context`; past.* and present.* are bound to the same
     addresses, so that a run writes new tokens only; fewer sequences use the front part of each tensor. A decode step
-    is one CUDA graph launch: ids and lengths to the device, the engine, logits to pinned memory. The first step of
-    each batch size runs the engine directly and then captures.
+    is one CUDA graph launch: ids and lengths to the device, the engine, float32 logits and their sums to pinned
+    memory. The host looks at the sums alone, as long as they are finite. The first step of each batch size runs the
+    engine directly and then captures.
 
     Tokens may be numpy arrays, lists, pycuda GPUArrays or anything with ``__cuda_array_interface__`` of integers.
     Device arrays are waited for (their stream if they name one, else the device) and read to the host, where they
@@ -103,7 +104,6 @@ class TrtSession(Session):
             self.folder, limits, self.manifest, self.max_batch, self.num_pages, device, cuda_graph, verify
         )
         self._finalizer = weakref.finalize(self, _close, self._gpu)
-        self._wide = np.empty((self.max_batch, 1, self.manifest.vocab_size), np.float32)
 
     def step(self, input_ids: Any, new_length: NDArray[np.int32], logits_index: NDArray[np.int64]) -> Logits:
         """As Session.step; a run takes at most the engine's prefill_chunk tokens of a sequence, and as many rows."""
@@ -178,7 +178,11 @@ class TrtSession(Session):
         self, input_ids: NDArray[np.int64], new_length: NDArray[np.int32], logits_index: NDArray[np.int64]
     ) -> Logits:
         logits: Any = self._execute(input_ids, new_length, logits_index, to_host=True)
-        return widen(logits, self._wide[: len(logits)] if logits.shape[1] == 1 else None)
+        return logits
+
+    def _finite(self, logits: Logits) -> bool:
+        # A row's sum is finite only if all its logits are. One that is not may also be a sum that overflowed.
+        return not logits.size or bool(np.isfinite(self._gpu.sums).all()) or super()._finite(logits)
 
     def _execute(
         self, ids: NDArray[np.int64], new: NDArray[np.int32], index: NDArray[np.int64], to_host: bool

@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <set>
@@ -34,34 +35,6 @@ size_t elements(const Dims& dims) {
   return product;
 }
 
-float half_to_float(uint16_t bits) {
-  const uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 0x1f,
-                 mantissa = bits & 0x3ff;
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-    const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return sign ? -value : value;
-  }
-  const uint32_t wide =
-      exponent == 31 ? 0x7f800000u | (mantissa << 13) : ((exponent + 112) << 23) | (mantissa << 13);
-  const uint32_t result = sign | wide;
-  float value;
-  std::memcpy(&value, &result, sizeof value);
-  return value;
-}
-
-float bfloat_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-float logit(const void* logits, DataType type, size_t index) {
-  if (type == DataType::kFLOAT) return static_cast<const float*>(logits)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(logits)[index];
-  return type == DataType::kHALF ? half_to_float(bits) : bfloat_to_float(bits);
-}
-
 std::vector<char> contents(const std::string& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   const std::streamoff size = file.good() ? static_cast<std::streamoff>(file.tellg()) : 0;
@@ -92,11 +65,13 @@ Decoder::Decoder(const std::string& folder, const std::string& plugins, int64_t 
   ids_ = device_memory(8 * chunk, "token ids");
   lengths_ = device_memory(3 * 4, "lengths");
   index_ = device_memory(8, "the row of logits");
-  logits_ = device_memory(vocabulary_ * size_of(logits_type_), "logits");
+  logits_ = device_memory(4 * vocabulary_, "logits");
+  sum_ = device_memory(4, "the sum of the logits");
   host_ids_ = pinned_memory(8 * chunk);
   host_lengths_ = pinned_memory(2 * 4);
   host_index_ = pinned_memory(8);
-  host_logits_ = pinned_memory(vocabulary_ * size_of(logits_type_));
+  host_logits_ = pinned_memory(4 * vocabulary_);
+  host_sum_ = pinned_memory(4);
   // Both contexts run on one stream, never at once: they share their scratch memory.
   const int64_t scratch = engine_->getDeviceMemorySizeV2();
   scratch_ = device_memory(static_cast<size_t>(scratch), "scratch memory");
@@ -136,9 +111,9 @@ void Decoder::measure(const std::string& path, int64_t max_context) {
   std::set<std::string> names;
   for (int i = 0; i < engine_->getNbIOTensors(); ++i) names.insert(engine_->getIOTensorName(i));
   for (const char* name : {"input_ids", "past_length", "new_length", "logits_index", "logits",
-                           "present_length", "past.0.key.codes"}) {
+                           "logits_sum", "present_length", "past.0.key.codes"}) {
     require(names.count(name) == 1,
-            path + ": has no tensor '" + name + "'; it is not an engine of hqmq-trt");
+            path + ": has no tensor '" + name + "'; build it again with this hqmq-trt");
   }
   chunk_ = most("input_ids", kPrefillProfile).d[1];
   const int64_t page_size = least("past.0.key.codes", kDecodeProfile).d[2];
@@ -148,7 +123,10 @@ void Decoder::measure(const std::string& path, int64_t max_context) {
                                     "; build it with --max-context");
   const int64_t pages = ((max_context ? max_context : limit) + page_size - 1) / page_size;
   max_context_ = pages * page_size;
-  logits_type_ = engine_->getTensorDataType("logits");
+  for (const char* name : {"logits", "logits_sum"}) {
+    require(engine_->getTensorDataType(name) == DataType::kFLOAT,
+            path + ": its " + name + " are not float32; build it again with this hqmq-trt");
+  }
   const Dims logits = engine_->getTensorShape("logits");
   require(logits.nbDims == 3 && logits.d[2] > 0, path + ": its logits have no fixed vocabulary");
   vocabulary_ = static_cast<size_t>(logits.d[2]);
@@ -200,6 +178,7 @@ std::unique_ptr<nvinfer1::IExecutionContext> Decoder::context(int profile, int64
   check(made->setTensorAddress("present_length", lengths + 2), "bind present_length");
   check(made->setTensorAddress("logits_index", index_.get()), "bind logits_index");
   check(made->setTensorAddress("logits", logits_.get()), "bind logits");
+  check(made->setTensorAddress("logits_sum", sum_.get()), "bind logits_sum");
   return made;
 }
 
@@ -227,9 +206,8 @@ void Decoder::enqueue(nvinfer1::IExecutionContext& context, size_t tokens) {
   upload(lengths_.get(), host_lengths_.get(), 2 * 4);
   upload(index_.get(), host_index_.get(), 8);
   check(context.enqueueV3(stream_), "run the engine");
-  cuda(cudaMemcpyAsync(host_logits_.get(), logits_.get(), vocabulary_ * size_of(logits_type_),
-                       cudaMemcpyDeviceToHost, stream_),
-       "copy logits to the host");
+  download(host_logits_.get(), logits_.get(), 4 * vocabulary_);
+  download(host_sum_.get(), sum_.get(), 4);
 }
 
 void Decoder::upload(void* device, const void* host, size_t bytes) {
@@ -237,18 +215,17 @@ void Decoder::upload(void* device, const void* host, size_t bytes) {
        "copy inputs to the GPU");
 }
 
+void Decoder::download(void* host, const void* device, size_t bytes) {
+  cuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_),
+       "copy logits to the host");
+}
+
 int64_t Decoder::best() const {
-  int64_t token = 0;
-  float highest = logit(host_logits_.get(), logits_type_, 0);
-  bool finite = highest == highest;
-  for (size_t i = 1; i < vocabulary_; ++i) {
-    const float value = logit(host_logits_.get(), logits_type_, i);
-    finite = finite && value == value;
-    if (value > highest) {
-      highest = value;
-      token = static_cast<int64_t>(i);
-    }
-  }
-  require(finite, "the logits are not numbers: the model overflows its type");
-  return token;
+  const auto* first = static_cast<const float*>(host_logits_.get());
+  const float* last = first + vocabulary_;
+  // A finite sum has finite terms. One that is not may be that of finite logits beyond 1e33.
+  const bool finite = std::isfinite(*static_cast<const float*>(host_sum_.get())) ||
+                      std::all_of(first, last, [](float value) { return std::isfinite(value); });
+  require(finite, "the logits are not finite: the model overflows its type");
+  return std::max_element(first, last) - first;
 }

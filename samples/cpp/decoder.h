@@ -63,6 +63,7 @@ class Decoder {
   void stage(const int64_t* tokens, size_t count);
   void enqueue(nvinfer1::IExecutionContext& context, size_t tokens);
   void upload(void* device, const void* host, size_t bytes);
+  void download(void* host, const void* device, size_t bytes);
   int64_t best() const;
 
   struct Tensor {
@@ -77,11 +78,10 @@ class Decoder {
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::vector<Tensor> cache_;
-  DeviceMemory ids_, lengths_, index_, logits_, scratch_;
-  PinnedMemory host_ids_, host_lengths_, host_index_, host_logits_;
+  DeviceMemory ids_, lengths_, index_, logits_, sum_, scratch_;
+  PinnedMemory host_ids_, host_lengths_, host_index_, host_logits_, host_sum_;
   std::unique_ptr<nvinfer1::IExecutionContext> prefill_, decode_;
   Graph graph_;
-  nvinfer1::DataType logits_type_ = nvinfer1::DataType::kFLOAT;
   int64_t chunk_ = 0, max_context_ = 0, length_ = 0;
   size_t vocabulary_ = 0, cache_bytes_ = 0;
 };

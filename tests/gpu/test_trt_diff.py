@@ -15,6 +15,7 @@ from hqmq_trt.diff import DiffResult, compare, greedy
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import TrtSession
 from hqmq_trt.scheme import ROLES
+from tests.gpu.device_memory import lost_each_round
 from tests.trt_session_cases import text
 
 CONTEXT, CHUNK, TOKENS, STEPS = 512, 64, 150, 64
@@ -118,14 +119,11 @@ def test_greedy(case: tuple[str, Any, Path, Path]) -> None:
 def test_gpu_memory_is_given_back(case: tuple[str, Any, Path, Path]) -> None:
     _, model, folder, engine = case
 
-    def once() -> int:
+    def once() -> None:
         compare(folder, model, text(40), ["same"], 8, engine=engine)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info()[0])
 
     once()
-    before = once()
-    for _ in range(3):
-        after = once()
-    assert before - after < 16 << 20
+    once()
+    assert abs(lost_each_round(lambda: int(torch.cuda.mem_get_info()[0]), once, 4)) < 4 << 20

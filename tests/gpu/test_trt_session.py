@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import OrtSession, TrtSession
+from tests.conftest import VOCABULARY, tiny_config
+from tests.gpu.device_memory import lost_each_round
 from tests.trt_session_cases import (
     MAX_BATCH,
     MAX_CONTEXT,
@@ -24,7 +26,7 @@ from tests.trt_session_cases import (
     text,
 )
 
-SESSIONS = 1000
+SESSIONS, ROUNDS = 1000, 10
 
 
 def _missing() -> str:
@@ -139,6 +141,30 @@ def test_half_precision_logits(
         assert np.abs(wanted[0] - wanted[1]).max() > 0.6
 
 
+def test_logits_that_are_not_finite(
+    build: Callable[[Path], Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One NaN among the logits makes TensorRT's sum of them one."""
+    from transformers import AutoModelForCausalLM
+
+    from hqmq_trt.export import export_model
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float16).eval()
+    with torch.no_grad():
+        model.lm_head.weight[-1] = float("nan")
+    export_model(model, tmp_path / "model", "hq4@p16")
+    with TrtSession(build(tmp_path / "model")) as session:
+        for run in (
+            lambda: session.append([[], text(20)]),
+            lambda: session.decode([None, 1]),
+            lambda: session.decode([None, 1]),  # by the graph
+            lambda: session.step(np.ones((1, 3), np.int64), np.array([3], np.int32), np.array([[0, 2]], np.int64)),
+        ):
+            with pytest.raises(HqmqError, match=r"logits of sequence [01] are not finite"):
+                run()
+            assert not session.lengths.any()
+
+
 def test_torch_reads_logits_without_a_copy(packed_engine: Path) -> None:
     before = torch.arange(1000, device="cuda").sum()
     with TrtSession(packed_engine, 2) as session, TrtSession(packed_engine, 2) as plain:
@@ -147,7 +173,8 @@ def test_torch_reads_logits_without_a_copy(packed_engine: Path) -> None:
         logits = session.decode_device([5, 6])
         seen = torch.as_tensor(logits, device="cuda")
         assert seen.data_ptr() == logits.address
-        np.testing.assert_array_equal(seen[:, 0].float().cpu().numpy(), plain.decode([5, 6]))
+        assert seen.dtype == torch.float32
+        np.testing.assert_array_equal(seen[:, 0].cpu().numpy(), plain.decode([5, 6]))
         following = seen[:, 0].argmax(-1, keepdim=True)
         again = session.step(following, np.ones(2, np.int32), np.zeros((2, 1), np.int64))
         np.testing.assert_array_equal(again[:, 0], plain.decode(following[:, 0].tolist()))
@@ -167,36 +194,48 @@ def test_out_of_device_memory_is_not_sticky(packed_engine: Path) -> None:
         session.decode([2])
 
 
-def test_a_decode_step_takes_little_host_time(packed_engine: Path) -> None:
-    with TrtSession(packed_engine) as session:
+@pytest.mark.parametrize("vocabulary", [260, 151_936])
+def test_a_decode_step_takes_little_host_time(
+    packed_engine: Path, build: Callable[[Path], Path], tmp_path: Path, vocabulary: int
+) -> None:
+    """Of several rounds the quickest: what else the machine does is not the session's."""
+    engine = packed_engine
+    if vocabulary != VOCABULARY:
+        from transformers import AutoModelForCausalLM
+
+        from hqmq_trt.export import export_model
+
+        config = tiny_config("llama")
+        config.vocab_size = vocabulary
+        export_model(AutoModelForCausalLM.from_config(config).half().eval(), tmp_path / "model", "hq4@p16")
+        engine = build(tmp_path / "model")
+    with TrtSession(engine) as session:
         session.append([text(10)] * MAX_BATCH)
-        for token in range(10):
+        for token in range(3):
             session.decode([token] * MAX_BATCH)
-        session.reset_host_time()
-        for token in range(100):
-            session.decode([token] * MAX_BATCH)
-        host = 1e6 * session.host_seconds / session.host_steps
-    print(f"host time of a decode step: {host:.1f} us")
-    assert host < 50
+        rounds = []
+        for _ in range(10):
+            session.reset_host_time()
+            for token in range(10):
+                session.decode([token] * MAX_BATCH)
+            rounds.append(1e6 * session.host_seconds / session.host_steps)
+    print(f"host time of a decode step: {min(rounds):.1f} to {max(rounds):.1f} us")
+    assert min(rounds) < 50
 
 
 def test_a_thousand_sessions_leak_nothing(packed_engine: Path) -> None:
     from hqmq_trt.runtime.cuda_driver import Device
 
-    def use(number: int) -> None:
-        with TrtSession(packed_engine, verify=False) as session:
-            session.append([text(3)])
-            if number % 20 == 0:  # captures a graph
-                session.decode([1])
-                session.decode([1])
+    def use(count: int = SESSIONS // ROUNDS) -> None:
+        for number in range(count):
+            with TrtSession(packed_engine, verify=False) as session:
+                session.append([text(3)])
+                if number % 20 == 0:  # captures a graph
+                    session.decode([1])
+                    session.decode([1])
 
-    for number in range(20):
-        use(number)
-    free, _ = Device.get(0).memory()
+    use(20)
     start = time.perf_counter()
-    for number in range(SESSIONS):
-        use(number)
-    seconds = time.perf_counter() - start
-    left, _ = Device.get(0).memory()
-    print(f"{SESSIONS} sessions in {seconds:.1f} s, {free - left} bytes of device memory gone")
-    assert free - left < 1 << 23  # leaking the caches alone would take 130 MB
+    lost = lost_each_round(lambda: Device.get(0).memory()[0], use, ROUNDS)
+    print(f"{SESSIONS} sessions in {time.perf_counter() - start:.1f} s")
+    assert abs(lost) < 1 << 22  # leaking the caches of a round alone would take 13 MB
