@@ -1,16 +1,18 @@
-"""``hqmq-trt export``: a Hugging Face model to an ONNX folder with an HQMQ cache."""
+"""``hqmq-trt export``: a Hugging Face model, or an ONNX decoder, to an ONNX folder with an HQMQ cache."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from hqmq_trt.cli.decoder import recognised
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag, size
+from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import Scheme
 
 _STAGES = {"load": "loading", "capture": "capturing the graph", "write": "writing", "hash": "hashing"}
@@ -32,8 +34,8 @@ class DType(str, Enum):
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Hugging Face name, folder (safetensors) or .gguf file.")],
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    model: Annotated[str, typer.Argument(help="Hugging Face name, folder (safetensors), .gguf or .onnx file.")],
+    folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     scheme: Annotated[
         str, typer.Option("--scheme", "-s", help="hq3, hq3.5, hq4, hq5, fp16, paper:s{S}_r{r}[+med3] or k=…,v=….")
     ] = "hq4",
@@ -51,6 +53,9 @@ def export(
         ),
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of an .onnx file: say what is recognised, layer by layer; write nothing.")
+    ] = False,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
@@ -58,26 +63,37 @@ def export(
     """Export a model to ONNX with a packed KV cache."""
     output = Output(json_mode, quiet, verbose)
     parsed = Scheme.parse(scheme, seed)
+    from_onnx = Path(model).suffix == ".onnx"
+    if dry_run:
+        if not from_onnx:
+            raise HqmqError("--dry-run is for .onnx files; `hqmq-trt inspect` shows other models")
+        output.result(*recognised(Path(model)))
+        return
+    if folder is None:
+        raise HqmqError("say which folder to write: -o FOLDER")
+    if from_onnx and (dtype or gguf_file):
+        raise HqmqError("an ONNX file keeps its types: --dtype and --gguf-file are for other models")
     with output.progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as shown:
         task = shown.add_task(_STAGES["load"], total=1.0)
 
         def progress(stage: str, share: float) -> None:
             shown.update(task, description=_STAGES.get(stage, stage), completed=share)
 
-        from hqmq_trt.export import export_model
+        common: dict[str, Any] = {
+            "mode": mode.value,
+            "bodies": bodies,
+            "overwrite": overwrite,
+            "progress": progress,
+        }
+        if from_onnx:
+            from hqmq_trt.export.rewrite import rewrite_model
 
-        manifest = export_model(
-            model,
-            folder,
-            parsed,
-            mode=mode.value,
-            dtype=dtype.value if dtype else None,
-            gguf_file=gguf_file,
-            fold=fold,
-            bodies=bodies,
-            overwrite=overwrite,
-            progress=progress,
-        )
+            manifest = rewrite_model(model, folder, parsed, **common)
+        else:
+            from hqmq_trt.export import export_model
+
+            options = {"dtype": dtype.value if dtype else None, "gguf_file": gguf_file, "fold": fold}
+            manifest = export_model(model, folder, parsed, **options, **common)
     total = sum(file.size for file in manifest.files)
     document = {
         "folder": str(folder),

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from hqmq_trt.cli.build import engine_table
+from hqmq_trt.cli.decoder import recognised
 from hqmq_trt.cli.memory import scheme_row
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag, size
 from hqmq_trt.contract import ATTENTION, DEQUANTIZE, DOMAIN, QUANTIZE
@@ -197,7 +199,13 @@ def _onnx(path: Path) -> tuple[Any, ...]:
     for node in graph["attention"]:
         attention.add_row(node["name"], node["type"], ", ".join(f"{k}={v}" for k, v in node["attributes"].items()))
     counts = _pairs(f"{path}", {name: str(count) for name, count in graph["nodes"].items()})
-    return {"kind": "onnx", **graph}, counts, attention
+    if any(name.startswith(f"{DOMAIN}::") for name in graph["nodes"]):
+        return {"kind": "onnx", **graph}, counts, attention
+    try:
+        decoder, *shown = recognised(path)
+    except HqmqError as error:
+        decoder, shown = {"problems": [str(error)], "convertible": False}, [Text(f"cannot be exported: {error}")]
+    return {"kind": "onnx", **graph, "decoder": decoder}, counts, attention, *shown
 
 
 def _plain(value: Any) -> Any:
