@@ -28,7 +28,7 @@ tests      tests/gpu/test_{trt_session,trt_diff,samples,engine_build,ort_cuda}.p
 memory     device bytes of the cache against `hqmq-trt memory`: 40
 inplace    addresses of past and present; time and DRAM bytes of a step when only the capacity grows: 50
 tests      the tests that count free device memory or time the host: 60
-speed      benchmarks/engine.py: 280. Its engines are exported and built beside the rest, after the models': 130
+speed      benchmarks/engine.py: 290. Its engines are exported and built beside the rest, after the models': 130
 tables     report.json and report.md in --output, after every job; on the stdout at the end
 
 Together about 950 seconds: two calls of at most 10 minutes, the second with what the first had no time for. A failure
@@ -135,9 +135,14 @@ def main(
         writing = threading.Lock()
 
         def write() -> None:
-            if "tables" in wanted and where.done():
+            """Never in the way of the stages: what cannot be shown is still in the results."""
+            if "tables" not in wanted or not where.done():
+                return
+            try:
                 with writing:
                     write_report(runner.collect(), where.result(), output)
+            except Exception as error:
+                log(f"the report was not written: {type(error).__name__}: {error}")
 
         runner = Runner(folder, again, end, write)
         work_stages = Stages(runner, options)

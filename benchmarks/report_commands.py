@@ -103,6 +103,7 @@ class Runner:
         cases: dict[str, Result],
         seconds: float,
         on_case: Callable[[str, Result], None] = lambda key, result: None,
+        env: dict[str, str] | None = None,
     ) -> None:
         """Run the cases of a job in one process, which loads once what they share; a result is kept for each case.
 
@@ -134,7 +135,8 @@ class Runner:
 
         def run() -> None:
             try:
-                ended.update(self._execute(f"{job} {name}", self.logs / f"{job}.{name}.log", command, seconds, 1))
+                path = self.logs / f"{job}.{name}.log"
+                ended.update(self._execute(f"{job} {name}", path, command, seconds, 1, env=env))
             except BaseException as error:
                 ended.update(ok=False, error=f"{type(error).__name__}: {error}", seconds=0.0)
                 raise
@@ -227,7 +229,8 @@ class Runner:
                 self._running.discard(process.pid)
 
     def end_all(self) -> None:
-        """End every command that runs, with all that it started."""
+        """End every command that runs, with all that it started, and begin no other."""
+        self.deadline = 0.0
         for group in list(self._running):
             _end(group)
 

@@ -42,6 +42,8 @@ TESTS = {"trt_session": 400.0, "trt_diff": 400.0, "samples": 300.0, "engine_buil
 """Files tests/gpu/test_*.py of stage ``tests`` with their limits in seconds."""
 QUIET = {"trt_session": "thousand_sessions or host_time"}
 """Tests of these files that others on the GPU disturb, for pytest -k: they count its free memory, or time the host."""
+SPEED_BUDGET = 250
+"""Seconds of measuring in stage ``speed``."""
 SLOTS = {"engine": 4, "text": 4, "diff": 3, "tests": 3}
 """Jobs of a kind side by side."""
 
@@ -221,7 +223,8 @@ class Stages:
                 cases[combo.key] = {"output": str(self.onnx(combo)), "mode": combo.mode, "scheme": combo.scheme}
         try:
             arguments: Result = {"model": self.model(name), "jobs": 6}
-            self.runner.batch("export", name, arguments, cases, 400, lambda key, found: exported[key].set())
+            hidden = {"CUDA_VISIBLE_DEVICES": ""}  # CUDA does not outlive a fork, and torch asks for it where it is
+            self.runner.batch("export", name, arguments, cases, 400, lambda key, found: exported[key].set(), hidden)
         finally:
             for event in exported.values():
                 event.set()
@@ -270,7 +273,7 @@ class Stages:
 
     def diff(self, combo: Combo, engine: Future[bool]) -> None:
         """`hqmq-trt diff`: PyTorch, TensorRT and, for small models, ONNX Runtime over 512 tokens and 64 steps."""
-        if not engine.result() or not self.onnx(combo).is_dir():
+        if self.runner.kept("diff", combo.key) is None and not (engine.result() and self.onnx(combo).is_dir()):
             self.runner.fail("diff", combo.key, "there is no engine, or its export is gone (--keep-exports)")
             return
         command = [sys.executable, "-m", "hqmq_trt.cli", "diff", str(self.onnx(combo)), "--model"]
@@ -280,7 +283,9 @@ class Stages:
         if converted.get("parameters", 0) > ORT_PARAMETERS:
             command.append("--no-ort")
         with self._slots["diff"]:
-            self.runner.command("diff", combo.key, command, 240, read_document, threads=4)
+            found = self.runner.command("diff", combo.key, command, 240, read_document, threads=4)
+        if found["ok"] and not self.options.keep_exports:
+            shutil.rmtree(self.onnx(combo), ignore_errors=True)
 
     def kernels(self, wanted: set[str]) -> None:
         """The plugin tests, then the same engines under compute-sanitizer, its tools side by side."""
@@ -364,19 +369,23 @@ class Stages:
         """Export and build the engines of benchmarks/engine.py, after the models' own: a builder times kernels."""
         for event in built.values():
             event.wait()
-        self.runner.command("speed", "prepare", self._speed("prepare"), self.options.limit)
+        self.runner.command("speed", "prepare", self._speed("prepare", "--jobs", "2"), self.options.limit)
 
     def speed(self) -> None:
         """Measure the table of benchmarks/engine.py; what a killed run has measured is read too."""
         if self.runner.kept("speed", "prepare") is None:
             self.runner.fail("speed", "measure", "its engines were not built")
             return
-        budget = min(270.0, self.runner.left() - 45)
-        command = self._speed("measure", "--budget", f"{max(budget, 1):.0f}")
+        done = self.runner.kept("speed", "measure") is not None
+        if not done and self.runner.left() < SPEED_BUDGET + 45:
+            needed = f"the time was up: it takes {SPEED_BUDGET + 45} s; run the stage again"
+            self.runner.fail("speed", "measure", needed)
+            return
+        command = self._speed("measure", "--budget", str(SPEED_BUDGET))
         table = self.work / "speed" / "engine.json"
-        if self.runner.kept("speed", "measure") is None:
+        if not done:
             table.unlink(missing_ok=True)
-        self.runner.command("speed", "measure", command, 330, partial(read_speed, table), threads=4)
+        self.runner.command("speed", "measure", command, SPEED_BUDGET + 60, partial(read_speed, table), threads=4)
 
     def copy_speed(self, output: Path) -> None:
         """Copy the table and plot of benchmarks/engine.py, where there are any."""

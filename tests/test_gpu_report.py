@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_stages_wait_for_what_they_need_and_timings_for_a_quiet_gpu(
     monkeypatch.setattr(report_commands.sys, "executable", str(program))
     models: dict[str, tuple[str, str | None]] = {"s": ("small", None), "b": ("big", None)}
     modes, schemes, limits = ["fused", "qdq"], ["hq3", "hq4"], (1, 64, 16, 4)
-    runner = Runner(tmp_path / "work", False, time.monotonic() + 100)
+    runner = Runner(tmp_path / "work", False, time.monotonic() + 400)
     stages = Stages(runner, Options(models, modes, schemes, True, [], *limits, "x", 60.0, [], False, []))
     stages.run(set(STAGES) - {"build"})
     results = runner.collect()
@@ -156,6 +157,15 @@ def test_stages_wait_for_what_they_need_and_timings_for_a_quiet_gpu(
     stages.run(set(STAGES) - {"build"})
     again = (tmp_path / "ran.txt").read_text().splitlines()[len(lines) :]
     assert [json.loads(line)[0] for line in again if "report_traffic" not in line] == [], "nothing is run again"
+
+
+def test_after_an_end_nothing_runs_and_nothing_begins(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, False, time.monotonic() + 100)
+    threading.Timer(0.5, runner.end_all).start()
+    started = time.monotonic()
+    assert not runner.command("build", "slow", ["sh", "-c", "sleep 50; true"], 60)["ok"]
+    assert runner.command("build", "next", ["true"], 60)["error"].startswith("the time was up")
+    assert time.monotonic() - started < 20
 
 
 def test_a_test_file_of_the_gpu_is_run_with_its_limit_and_what_failed_is_named(tmp_path: Path) -> None:
