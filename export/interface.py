@@ -5,6 +5,7 @@ While a :class:`Step` is active, every attention layer of the model goes to it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.hf_attention import AttentionParameters, attention_parameters
 
+from .experts import experts_implementation
+from .rope import rope_by_sequence
+
 IMPLEMENTATION = "hqmq_export"
 """Name under which transformers knows the attention of the exporter."""
 
@@ -29,9 +33,11 @@ class PassThroughCache(Cache):
         updated: indices of the layers that called `update`, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, length: int = 0) -> None:
+        """`length`: tokens it claims to hold. Positions come from past_length: a model must not look at it."""
         self.layers: list[Any] = []
         self.updated: list[int] = []
+        self._length = length
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """K and V unchanged."""
@@ -39,8 +45,8 @@ class PassThroughCache(Cache):
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Always 0: positions come from past_length."""
-        return 0
+        """What the constructor was told."""
+        return self._length
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
         """(keys, offset) as of an empty cache; the mask is never built."""
@@ -114,16 +120,29 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask)
 
 @contextmanager
 def attention_implementation(model: Any) -> Iterator[None]:
-    """Switch a model to IMPLEMENTATION, and back at the end."""
+    """Switch a model's attention, experts and longrope to the exporter's, and back at the end.
+
+    Raises:
+        HqmqError: the model has no key-value cache, or computes its attention by itself.
+    """
+    name = type(model).__name__
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise HqmqError(f"{name} has no key-value cache but recurrent state, or none: HQMQ has nothing to compress")
     before = model.config._attn_implementation
+    reason = ""
     try:
-        model.set_attn_implementation(IMPLEMENTATION)
+        if getattr(model, "_can_set_attn_implementation", lambda: True)():
+            model.set_attn_implementation(IMPLEMENTATION)
+        else:
+            reason = "it computes attention by itself, as models with position biases (ALiBi) do"
     except (AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+    if reason:
         raise HqmqError(
-            f"{type(model).__name__} does not use the attention interface of transformers "
-            f"({' '.join(str(error).split())[:200]}); HQMQ cannot replace its attention"
-        ) from error
+            f"{name} does not use the attention interface of transformers ({reason}); HQMQ cannot replace its attention"
+        )
     try:
-        yield
+        with experts_implementation(model), rope_by_sequence(model):
+            yield
     finally:
         model.set_attn_implementation(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,11 +53,15 @@ _MASK_LENGTH = 1 << 17
 
 
 class _Probe(Step):
-    """Records every attention call and answers it with random numbers, which are recognised further on."""
+    """Records every attention call and answers it with random numbers, which are recognised further on.
+
+    `seen`: q, k and v of all calls.
+    """
 
     def __init__(self, outputs: dict[str, Tensor]) -> None:
         self.layers: list[AttentionLayer] = []
         self.results: list[Tensor] = []
+        self.seen: list[Tensor] = []
         self._outputs = outputs
         self._windows: dict[int, int] = {}
         self._masks: list[Tensor] = []  # keeps their ids alive
@@ -83,16 +88,22 @@ class _Probe(Step):
         if q.shape[-1] != k.shape[-1] or k.shape[-1] != v.shape[-1]:
             raise HqmqError(
                 f"attention layer {index} ({name}): head_dim is {k.shape[-1]} for K and {v.shape[-1]} for V: "
-                "multi-head latent attention (MLA) is not supported"
+                "multi-head latent attention (MLA), and V of another size than K, are not supported"
             )
         if k.shape[2] != q.shape[2]:
             raise HqmqError(f"attention layer {index} ({name}) attends to other tokens than its own: not supported")
         masked = self._windows.get(id(mask))
-        if masked is None or (masked != parameters.window and not (masked == 0 and parameters.window >= _MASK_LENGTH)):
+        if masked is None:
+            raise HqmqError(
+                f"attention layer {index} ({name}) gets {'no mask' if mask is None else 'a mask of its own making'} "
+                "rather than the causal mask of transformers (a position bias such as ALiBi comes that way): not supported"
+            )
+        if masked != parameters.window and not (masked == 0 and parameters.window >= _MASK_LENGTH):
             raise HqmqError(
                 f"attention layer {index} ({name}): its mask has a window of {masked or 'all'} tokens, the layer "
                 f"says {parameters.window or 'all'}; HqmqAttention cannot serve it"
             )
+        self.seen += [q, k, v]
         made = v.transpose(1, 2).reshape(1, v.shape[2], -1)
         self.layers.append(
             AttentionLayer(
@@ -131,19 +142,8 @@ def find_layers(model: Any, scheme: Scheme) -> list[AttentionLayer]:
         return hook
 
     hooks = [module.register_forward_hook(record(name)) for name, module in linears.items()]
-    probe, cache = _Probe(outputs), PassThroughCache()
     try:
-        with torch.no_grad(), probe.activate():
-            ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
-            positions = torch.arange(2, device=model.device)[None]
-            model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-    except HqmqError:
-        raise
-    except Exception as error:
-        raise HqmqError(
-            f"{type(model).__name__} does not run with a plain key-value cache ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); models with recurrent or convolution state are not supported"
-        ) from error
+        probe, cache = _probe(model, _Probe(outputs), 0)
     finally:
         for hook in hooks:
             hook.remove()
@@ -153,7 +153,48 @@ def find_layers(model: Any, scheme: Scheme) -> list[AttentionLayer]:
     ]
     layers.sort(key=lambda layer: layer.index)
     _check(model, layers, cache.updated, scheme)
+    other, _ = _probe(model, _Probe({}), 3)
+    pairs = zip(probe.seen, other.seen, strict=True)
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
+        raise HqmqError(
+            f"{type(model).__name__} counts positions by the length of its cache; the graph gives it position_ids, as "
+            "each sequence of a batch has a length of its own: not supported"
+        )
     return layers
+
+
+def _probe(model: Any, probe: _Probe, length: int) -> tuple[_Probe, PassThroughCache]:
+    """Run two tokens at positions 0 and 1 with a cache that claims to hold `length` others."""
+    name, cache = type(model).__name__, PassThroughCache(length)
+    other = _other_state(model.config.get_text_config())
+    if other:
+        raise HqmqError(
+            f"{name} is a hybrid model: beside attention it has {other} layers, whose state is not supported"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise HqmqError(f"{name} takes no position_ids, so sequences of a batch cannot differ in length: not supported")
+    ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
+    positions = torch.arange(2, device=model.device)[None]
+    try:
+        with torch.no_grad(), probe.activate():
+            model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    except HqmqError:
+        raise
+    except Exception as error:
+        raise HqmqError(
+            f"{name} does not run with a plain key-value cache ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); models with recurrent or convolution state are not supported"
+        ) from error
+    return probe, cache
+
+
+def _other_state(config: Any) -> str:
+    """Kinds of layers that a configuration names beside attention, e.g. ``mamba``; empty if there are none."""
+    kinds: set[str] = set()
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        kinds |= {kind for kind in getattr(config, name, None) or () if isinstance(kind, str)}
+    named = {kind for kind in kinds if "attention" not in kind}
+    return ", ".join(sorted(named or kinds & {"linear_attention"}))
 
 
 def _name_of(seen: dict[str, Tensor], tensor: Tensor) -> str:

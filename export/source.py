@@ -17,6 +17,10 @@ from .gguf_reading import reading_once
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+_MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "thinker_config")
+"""Parts of a configuration that say that a model sees or hears."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A loaded model, its tokenizer (None if it has none) and what to call it."""
@@ -43,8 +47,15 @@ def load(source: Any, dtype: str | None = None, gguf_file: str | None = None) ->
         found = _of_object(source, dtype)
     else:
         found = _of_path(str(source), dtype, gguf_file)
-    if getattr(found.model.config, "is_encoder_decoder", False):
+    config = found.model.config
+    if getattr(config, "is_encoder_decoder", False):
         raise HqmqError(f"{found.name} is an encoder-decoder model; HQMQ serves decoder-only language models")
+    others = sorted(name.removesuffix("_config") for name in _MODALITIES if getattr(config, name, None) is not None)
+    if others:
+        raise HqmqError(
+            f"{found.name} ({type(found.model).__name__}) is a multimodal model ({', '.join(others)}); the graph takes "
+            "token ids only: load its language model on its own as a causal LM"
+        )
     if found.model.get_output_embeddings() is None:
         raise HqmqError(f"{found.name} ({type(found.model).__name__}) has no language-model head; load a causal LM")
     return found

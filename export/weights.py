@@ -54,18 +54,27 @@ def fold_value_rotation(model: ir.Model, layers: Sequence[AttentionLayer]) -> No
 
 
 def store_transposed(model: ir.Model) -> None:
-    """Drop the Transpose nodes of matrices that nothing else reads; those matrices are stored transposed."""
+    """Drop the Transpose nodes of weights that nothing else reads; those weights are stored transposed."""
     for name, value in list(model.graph.initializers.items()):
         users = [user for user, _ in value.uses()]
-        if not users or value.shape is None or len(value.shape) != 2:
+        if not users or value.shape is None or len(value.shape) < 2:
             continue
         if any(user.op_type != "Transpose" or user.domain or user.graph is not model.graph for user in users):
             continue
-        _change(model, name, lambda w: w.T)
+        orders = {_order(user, len(value.shape)) for user in users}
+        if len(orders) > 1:
+            continue
+        _change(model, name, partial(torch.permute, dims=orders.pop()))
         value.shape = ir.Shape(tuple(value.const_value.shape))
         for user in users:
             ir.convenience.replace_all_uses_with(user.outputs[0], value)
             model.graph.remove(user, safe=True)
+
+
+def _order(transpose: ir.Node, rank: int) -> tuple[int, ...]:
+    """Order of the axes that a Transpose node makes."""
+    given = transpose.attributes.get("perm")
+    return tuple(given.as_ints()) if given is not None else tuple(range(rank))[::-1]
 
 
 def strip_prefix(model: ir.Model) -> None:

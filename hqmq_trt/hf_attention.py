@@ -28,6 +28,8 @@ _LAYER = "_hqmq_layer"
 _WINDOW = "_hqmq_window"
 _PADDED = "_hqmq_padded"
 _SAMPLED_ROWS = 32
+_NO_INPUT = ("position_bias", "head_mask", "indices", "block_indices", "sinks")
+"""What some models pass to their attention beyond AttentionParameters: biases, and keys picked by an indexer."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def attention_parameters(
     is_causal = kwargs.get("is_causal")
     if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
         raise HqmqError(f"{where} is not causal; HQMQ caches decoder self-attention only")
-    for name in ("position_bias", "head_mask"):
+    for name in _NO_INPUT:
         if kwargs.get(name) is not None:
             raise HqmqError(f"{where} uses {name}, which attention 'hqmq' has no input for; use attention 'sdpa'")
     if kwargs.get("dropout"):
