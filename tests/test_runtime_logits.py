@@ -158,6 +158,7 @@ def test_finite_logits_whose_sum_is_not(with_head: WithHead) -> None:
         assert session.lengths[0] == 21
 
 
+@pytest.mark.slow
 def test_host_time_does_not_grow_with_the_vocabulary(with_head: WithHead, gpu: Gpu, tmp_path: Path) -> None:
     """Launches that do nothing leave the host's own work of a step; looking at every logit would take milliseconds."""
     _, small = with_head(lambda head: None)
