@@ -303,10 +303,14 @@ def _layer(
     scores: _Scores,
     causal: bool = False,
 ) -> Layer:
+    kv_heads, kv_dim = (int(key.past.shape[axis]) for axis in (1, 3))
     heads, dim = q.shape[1], q.shape[3]
+    if not isinstance(dim, int):
+        dim = kv_dim  # tried later, as everything else
+    if not isinstance(heads, int):
+        heads = _projected_heads(q, dim)
     if not isinstance(heads, int) or not isinstance(dim, int):
         raise HqmqError(f"{name(node)}: its queries '{q.name}' {q.shape} have a symbolic number of heads or head_dim")
-    kv_heads, kv_dim = (int(key.past.shape[axis]) for axis in (1, 3))
     if [int(value.past.shape[axis]) for axis in (1, 3)] != [kv_heads, kv_dim] or dim != kv_dim:
         raise HqmqError(
             f"{name(node)}: q, K and V differ in head_dim or heads ({dim}, '{key.past.name}' {key.past.shape}, "
@@ -319,6 +323,27 @@ def _layer(
         0, form, node, key, value, q, y, heads, kv_heads, kv_dim, scale, scores.softcap, sinks,
         tuple(scores.terms), causal,
     )  # fmt: skip
+
+
+def _projected_heads(q: ir.Value, dim: int) -> int | None:
+    """Query heads, from the width of the projections above the queries; None if those differ or are not found."""
+    widths: set[int | None] = set()
+    todo, seen = [q], set()
+    while todo and len(seen) < 200:
+        node = todo.pop().producer()
+        if node is None or id(node) in seen or standard(node, "Shape"):
+            continue
+        seen.add(id(node))
+        matrix = node.inputs[1] if standard(node, "MatMul", "Gemm") else None
+        if standard(node, "Split"):
+            return None
+        if matrix is not None and matrix.const_value is not None and len(matrix.const_value.shape) == 2:
+            axis = 0 if node.attributes.get_int("transB", 0) else 1
+            widths.add(int(matrix.const_value.shape[axis]))
+        elif node.op_type not in ("Cos", "Sin"):
+            todo += [value for value in node.inputs if value is not None]
+    width = widths.pop() if len(widths) == 1 else None
+    return width // dim if width and width % dim == 0 else None
 
 
 def _sinks(value: ir.Value, heads: int, node: ir.Node) -> ir.Value:

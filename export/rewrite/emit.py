@@ -41,6 +41,9 @@ class Emitter:
         build = Builder(self._graph, node, f"layers.{layer.index}")
         dtype = layer.q.dtype
         k, v = (build.cast(join.new, dtype) for join in (layer.key, layer.value))
+        # ONNX Runtime takes the sizes of y from those of q, and unnamed ones for -1.
+        layer.q.shape = ir.Shape(["batch", layer.num_heads, "sequence", layer.head_dim])
+        k.shape = v.shape = ir.Shape(["batch", layer.num_kv_heads, "sequence", layer.head_dim])
         past = {role: self._inputs(layer, role) for role in ROLES}
         books = {role: self._codebooks(layer, role) for role in ROLES}
         run = self._fused if self._mode == "fused" else self._qdq
@@ -60,7 +63,8 @@ class Emitter:
         y, *present = self._node(
             build, contract.ATTENTION, inputs, attributes, 1 + len(held), f"layers.{layer.index}.attention"
         )
-        y.name, y.type, y.shape = f"layers.{layer.index}.attention.out", layer.q.type, layer.q.shape
+        y.name, y.type = f"layers.{layer.index}.attention.out", layer.q.type
+        y.shape = ir.Shape(["batch", layer.num_heads, "sequence", layer.head_dim])
         self._outputs(held, present)
         return y
 

@@ -79,7 +79,7 @@ class Part:
     ) -> None:
         self._interface = interface
         self._values = list(values)
-        self._dims: dict[str, tuple[ir.Value, int, int]] = {}
+        self._dims: dict[str, tuple[ir.Value, int, int | None]] = {}
         self.nodes: list[ir.Node] = []
         self.given: list[str] = []
         able = computable(model.graph, interface, cut)
@@ -106,8 +106,7 @@ class Part:
                 if self._is_size(node, cuts, able):
                     source = node.inputs[0]
                     start = node.attributes.get_int("start", 0)
-                    rank = len(source.shape) if source.shape is not None else 0  # type: ignore[union-attr]
-                    end = node.attributes.get_int("end", rank)
+                    end = node.attributes.get_int("end", None)
                     self._dims[str(node.outputs[0].name)] = (source, start, end)  # type: ignore[assignment]
                     inputs[str(node.outputs[0].name)] = node.outputs[0]
                 else:
@@ -212,6 +211,8 @@ def dims(value: ir.Value, interface: Interface, case: Case) -> list[int]:
     """
     node = value.producer()
     where = f"node '{node.name}' ({node.op_type})" if node is not None else f"input '{value.name}'"
+    if id(value) in interface.known:
+        return [dim if isinstance(dim, int) else case.sizes[dim] for dim in interface.known[id(value)]]
     if value.shape is None:
         raise HqmqError(f"{where}: the shape of '{value.name}' is unknown")
     if any(value is past for past in interface.past):

@@ -32,6 +32,7 @@ class Interface:
         logits: output [B, T, V].
         present: the other outputs.
         symbols: what a named dimension is: ``B``, ``T``, ``P`` or ``S`` (P + T).
+        known: shapes of q, new rows and results of recognised layers, in these names and numbers, by id.
     """
 
     ids: ir.Value
@@ -42,6 +43,7 @@ class Interface:
     logits: ir.Value
     present: tuple[ir.Value, ...]
     symbols: Mapping[str, str] = field(default_factory=dict)
+    known: dict[int, tuple[int | str, ...]] = field(default_factory=dict)
 
     @property
     def removed(self) -> list[ir.Value]:

@@ -149,14 +149,25 @@ def _meanings(
             todo += [given for given in node.inputs if given is not None]
     if not wanted:
         return {}
-    part = Part(model, interface, wanted)
-    runs = [part.run(case) for case in _CASES]
     found = {}
-    for position, value in enumerate(wanted):
-        meaning = _meaning(value, [run[position] for run in runs])
+    for value, arrays in zip(wanted, _evaluate(model, interface, wanted), strict=True):
+        meaning = _meaning(value, arrays) if arrays else None
         if meaning is not None:
             found[id(value)] = meaning
     return found
+
+
+def _evaluate(model: ir.Model, interface: Interface, values: Sequence[ir.Value]) -> list[list[NDArray[Any]]]:
+    """Arrays of each value in the cases; none for a value that cannot be evaluated."""
+    try:
+        part = Part(model, interface, values)
+        runs = [part.run(case) for case in _CASES]
+        return [list(arrays) for arrays in zip(*runs, strict=True)]
+    except HqmqError:
+        if len(values) == 1:
+            return [[]]
+        half = len(values) // 2
+        return _evaluate(model, interface, values[:half]) + _evaluate(model, interface, values[half:])
 
 
 def _meaning(value: ir.Value, arrays: Sequence[NDArray[Any]]) -> Redirection | None:

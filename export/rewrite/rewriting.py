@@ -31,6 +31,7 @@ from .interface import Interface, find_interface
 from .layer import Layer
 from .ordinary import Lengths
 from .reading import _without_weights, read
+from .trial import try_rows
 from .verify import verify
 from .walk import name
 
@@ -81,6 +82,8 @@ def analyse(path: str | Path) -> Analysis:
     found, problems = find_layers(model.graph, interface)
     layers = []
     for layer in found:
+        _know(interface, layer)
+    for layer in found:
         try:
             mask = masks.classify(model, interface, layer, beside.max_position or masks.REACH)
             known = replace(layer, window=mask.window, padding=mask.padding, reach=mask.reach)
@@ -89,6 +92,15 @@ def analyse(path: str | Path) -> Analysis:
         except HqmqError as error:
             problems.append(str(error))
     return Analysis(model, interface, layers, problems, beside)
+
+
+def _know(interface: Interface, layer: Layer) -> None:
+    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+    for value in (layer.q, layer.y):
+        interface.known[id(value)] = ("B", heads, "T", dim)
+    for join in (layer.key, layer.value):
+        interface.known[id(join.new)] = ("B", kv_heads, "T", dim)
+        interface.known[id(join.full)] = ("B", kv_heads, "S", dim)
 
 
 def rewrite_model(
@@ -126,6 +138,7 @@ def rewrite_model(
         chosen.check_head_dim(layer.head_dim)
     report("capture", 0.0)
     try:
+        try_rows(path, found.interface, found.layers)
         hidden_size = _rewrite(found, chosen, mode, bodies)
     except HqmqError as error:
         raise HqmqError(f"{path}: {error}") from error

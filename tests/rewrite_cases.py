@@ -1,0 +1,233 @@
+"""Decoders exported to ONNX as others do it, and the two sides of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+from hqmq_trt import ort_library
+from hqmq_trt.cache import HqmqCache
+from hqmq_trt.manifest import Manifest
+
+PAGES = 8
+LENGTHS = ([19, 11, 3], [6, 1, 0], *[[1, 1, 1]] * 32)
+"""Tokens that each of three sequences gets in each step: prefill, a chunk, 32 single tokens."""
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_BASE),
+    "qwen2": lambda: transformers.Qwen2Config(**_BASE),
+    "mistral": lambda: transformers.MistralConfig(**_BASE, sliding_window=7),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_BASE, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=10.0
+    ),
+}
+CACHES = [f"{layer}.{role}" for layer in range(2) for role in ("key", "value")]
+
+
+def make_model(name: str, attention: str = "eager") -> Any:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation=attention).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_(0, 0.3)
+    return model
+
+
+class Flat(torch.nn.Module):
+    """A model whose cache is a list of (key, value)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, past_key_values: Any) -> Any:
+        cache = DynamicCache()
+        for index, (key, value) in enumerate(past_key_values):
+            cache.update(key, value, index)
+        found = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return found.logits, [(layer.keys, layer.values) for layer in found.past_key_values.layers]
+
+
+def _example() -> tuple[Tensor, Tensor, Tensor, Any]:
+    past = [(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16)) for _ in range(2)]
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    return ids, torch.ones(2, 8, dtype=torch.int64), torch.arange(5, 8)[None].repeat(2, 1), past
+
+
+def export_dynamo(model: Any, path: Path, opset: int, positions: bool = True, mask: bool = True) -> None:
+    """torch.onnx.export(dynamo=True), the cache a DynamicCache."""
+    ids, attention, numbers, past = _example()
+    free, row = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    names = ["input_ids", *["attention_mask"] * mask, *["position_ids"] * positions]
+    program = torch.onnx.export(
+        Flat(model),
+        kwargs={
+            "input_ids": ids,
+            "attention_mask": attention if mask else None,
+            "position_ids": numbers if positions else None,
+            "past_key_values": past,
+        },
+        dynamic_shapes={
+            "input_ids": row,
+            "attention_mask": row if mask else None,
+            "position_ids": row if positions else None,
+            "past_key_values": [({0: free, 2: free}, {0: free, 2: free}) for _ in past],
+        },
+        dynamo=True,
+        opset_version=opset,
+        input_names=[*names, *(f"past_key_values.{name}" for name in CACHES)],
+        output_names=["logits", *(f"present.{name}" for name in CACHES)],
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path))
+
+
+def export_traced(model: Any, path: Path) -> None:
+    """The interface, names and exporter (TorchScript, opset 18) of optimum-onnx, without that package."""
+    names = ["input_ids", "attention_mask", "position_ids"]
+    rows, total = {0: "batch_size", 1: "sequence_length"}, "past_sequence_length + sequence_length"
+    axes: dict[str, Any] = {"input_ids": rows, "position_ids": rows, "logits": rows}
+    axes["attention_mask"] = {0: "batch_size", 1: total}
+    for name in CACHES:
+        axes[f"past_key_values.{name}"] = {0: "batch_size", 2: "past_sequence_length"}
+        axes[f"present.{name}"] = {0: "batch_size", 2: total}
+    torch.onnx.export(
+        Flat(model),
+        _example(),
+        str(path),
+        input_names=[*names, *(f"past_key_values.{name}" for name in CACHES)],
+        output_names=["logits", *(f"present.{name}" for name in CACHES)],
+        dynamic_axes=axes,
+        opset_version=18,
+        dynamo=False,
+    )
+
+
+def tokens() -> Any:
+    return np.random.default_rng(5).integers(3, 97, (3, int(np.sum(LENGTHS, 0).max())))
+
+
+def run_rewritten(folder: Path, lengths: Any = LENGTHS) -> list[Tensor]:
+    """Logits [tokens, V] of each of three sequences, fed together, right-padded."""
+    manifest = Manifest.load(folder, hashes=True)
+    session = ort_library.session(folder / manifest.model_file, threads=1)
+    names = [value.name for value in session.get_outputs()]
+    cache = {f"past.{name}": np.zeros(spec.shape, spec.dtype) for name, spec in manifest.cache(3, PAGES)}
+    length, ids = np.zeros(3, np.int32), tokens()
+    rows: list[list[Tensor]] = [[], [], []]
+    for new in lengths:
+        padded = np.zeros((3, max(new)), np.int64)
+        for b, count in enumerate(new):
+            padded[b, :count] = ids[b, length[b] : length[b] + count]
+        feed = {"input_ids": padded, "past_length": length, "new_length": np.array(new, np.int32), **cache}
+        feed["logits_index"] = np.tile(np.arange(max(new)), (3, 1))
+        found = dict(zip(names, session.run(None, feed), strict=True))
+        length, logits = found.pop("present_length"), found.pop("logits")
+        cache = {name.replace("present", "past", 1): value for name, value in found.items()}
+        for b, count in enumerate(new):
+            rows[b].append(torch.from_numpy(logits[b, :count].astype(np.float32)))
+    return [torch.cat(parts) for parts in rows]
+
+
+def run_original(model: onnx.ModelProto, lengths: Any = LENGTHS, rounded: bool = True) -> list[Tensor]:
+    """The same, each sequence on its own with the model's own cache. `rounded`: new K and V go through float16, as in
+    a cache of scheme fp16."""
+    if rounded:
+        model = round_cache(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = {value.name: value for value in session.get_inputs()}
+    names, ids, result = [value.name for value in session.get_outputs()], tokens(), []
+    for b in range(3):
+        past = {n: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for n, v in inputs.items() if "past" in n}
+        done, rows = 0, []
+        for new in lengths:
+            if not (count := new[b]):
+                continue
+            feed = {"input_ids": ids[b : b + 1, done : done + count], **past}
+            done += count
+            feed["attention_mask"] = np.ones((1, done), np.int64)
+            feed["position_ids"] = np.arange(done - count, done)[None]
+            found = dict(zip(names, session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True))
+            rows.append(torch.from_numpy(found["logits"][0]))
+            past = {n.replace("present", "past_key_values"): v for n, v in found.items() if n != "logits"}
+        result.append(torch.cat(rows))
+    return result
+
+
+def round_cache(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which what joins the cache is rounded to float16 before."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    past = {value.name for value in copy.graph.input if "past" in value.name}
+    nodes: list[onnx.NodeProto] = []
+    for node in copy.graph.node:
+        places = [1] if node.op_type == "Concat" else [1, 2] if node.op_type == "Attention" else []
+        if past & set(node.input):
+            for place in places:
+                new = node.input[place]
+                half, full = f"{node.name}.{place}.half", f"{node.name}.{place}.full"
+                nodes.append(onnx.helper.make_node("Cast", [new], [half], to=onnx.TensorProto.FLOAT16))
+                nodes.append(onnx.helper.make_node("Cast", [half], [full], to=onnx.TensorProto.FLOAT))
+                node.input[place] = full
+        nodes.append(node)
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy
+
+
+def run_torch(model: Any, scheme: str, lengths: Any = LENGTHS) -> list[Tensor]:
+    """PyTorch with an HqmqCache, each sequence on its own."""
+    ids, result = tokens(), []
+    for b in range(3):
+        cache, done, rows = HqmqCache.for_model(model, scheme), 0, []
+        for new in lengths:
+            if new[b]:
+                piece = torch.from_numpy(ids[b : b + 1, done : done + new[b]])
+                with torch.no_grad():
+                    rows.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0])
+                done += new[b]
+        result.append(torch.cat(rows))
+    return result
+
+
+def difference(first: list[Tensor], second: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+def divergence(reference: list[Tensor], found: list[Tensor]) -> float:
+    """Mean KL(reference || found) over all tokens, in nats."""
+    p, q = (torch.cat(rows).double().log_softmax(1) for rows in (reference, found))
+    return float((p.exp() * (p - q)).sum(1).mean())
