@@ -25,15 +25,23 @@ _PARSED: dict[str, set[int]] = {
     **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), _NUMBERS),
     **dict.fromkeys(("Pow", "Sqrt", "Reciprocal", "Cos", "Sin", "Tanh", "Sigmoid", "Exp", "Erf", "Gelu"), _FLOATS),
     **dict.fromkeys(("MatMul", "Gemm", "Softmax", "ReduceMean", "ReduceSum"), _FLOATS),
+    **dict.fromkeys(("LayerNormalization", "Relu", "TopK"), _FLOATS),
     **dict.fromkeys(("And", "Or", "Not", "Where"), _BOOL),
-    **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherND", "Reshape", "Shape", "Slice"), _ANY),
+    **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherND", "Reshape", "Shape", "Slice", "Split"), _ANY),
     **dict.fromkeys(("Squeeze", "Unsqueeze", "Transpose", "Identity"), _ANY),
     "Range": {TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64},
 }
 """Operators that docs/operators.md of onnx-tensorrt 10.6 lists, with the types of the first input (Clip: integers too,
 as its importer does them by minimum and maximum)."""
 _ONE_TYPE = ("Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Less", "LessOrEqual", "Greater", "And", "MatMul", "Gemm")
-_CONSTANT_INPUTS = {"Squeeze": (1,), "Unsqueeze": (1,), "ReduceMean": (1,), "ReduceSum": (1,), "Slice": (3, 4)}
+_CONSTANT_INPUTS = {
+    "Squeeze": (1,),
+    "Unsqueeze": (1,),
+    "ReduceMean": (1,),
+    "ReduceSum": (1,),
+    "Slice": (3, 4),
+    "TopK": (1,),
+}
 
 CASES = [
     ("llama", "fused", "float16", "hq4"),
