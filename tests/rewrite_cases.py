@@ -227,6 +227,10 @@ def difference(first: list[Tensor], second: list[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
+def mean_difference(first: list[Tensor], second: list[Tensor]) -> float:
+    return float((torch.cat(first) - torch.cat(second)).abs().mean())
+
+
 def divergence(reference: list[Tensor], found: list[Tensor]) -> float:
     """Mean KL(reference || found) over all tokens, in nats."""
     p, q = (torch.cat(rows).double().log_softmax(1) for rows in (reference, found))

@@ -124,10 +124,11 @@ def _without_weights(model: ir.Model) -> ir.Model:
     """A copy whose large initialisers are inputs, for checks that need no values."""
     graph = model.clone().graph if hasattr(model, "clone") else ir.from_proto(ir.to_proto(model)).graph
     for name, value in list(graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes > _FOLD_LIMIT:
+        tensor = value.const_value
+        if tensor is not None and (tensor.nbytes > _FOLD_LIMIT or isinstance(tensor, ir.ExternalTensor)):
             del graph.initializers[name]
             if not any(value is given for given in graph.inputs):
-                value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+                value.shape, value.type = tensor.shape, ir.TensorType(tensor.dtype)
                 graph.inputs.append(value)
             value.const_value = None
     return ir.Model(graph, ir_version=model.ir_version or IR_VERSION, functions=tuple(model.functions.values()))
