@@ -195,7 +195,9 @@ def round_cache(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in copy.graph.node:
         places = [1] if node.op_type == "Concat" else [1, 2] if node.op_type == "Attention" else []
-        if past & set(node.input):
+        if past & set(node.input) and len(node.input) == 1 and node.op_type in ("Concat", "Identity"):
+            past.add(node.output[0])
+        elif past & set(node.input):
             for place in places:
                 new = node.input[place]
                 half, full = f"{node.name}.{place}.half", f"{node.name}.{place}.full"

@@ -170,4 +170,5 @@ def test_files_beside_the_model(exports: Exports, tmp_path: Path) -> None:
     assert manifest.tokenizer_files == ["tokenizer.json"]
     assert (manifest.architecture, manifest.source) == ("Qwen2ForCausalLM", "decoder.onnx")
     assert (manifest.eos_token_ids, manifest.pad_token_id, manifest.max_position) == ([2, 3], 0, 200)
+    model = onnx.load(exports("traced"))  # onnx.save moved the weights of the other
     assert cases.mean_difference(cases.run_original(model), cases.run_rewritten(tmp_path / "out")) < 1e-4

@@ -12,7 +12,7 @@ What is found here is a claim; masks.py and verify.py evaluate it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -35,15 +35,6 @@ class _Scores:
     softcap: float = 0.0
     sinks: ir.Value | None = None
     terms: list[Term] = field(default_factory=list)
-
-
-def find_joins(interface: Interface) -> dict[int, Join]:
-    """By id of the cache input: where it meets the new rows.
-
-    Raises:
-        HqmqError: a cache input that is used in another way.
-    """
-    return {id(past): _join(past, interface) for past in interface.past}
 
 
 def _join(past: ir.Value, interface: Interface) -> Join:
@@ -70,7 +61,8 @@ def _join(past: ir.Value, interface: Interface) -> Join:
 
 def _origin(value: ir.Value) -> ir.Value:
     while standard(node := value.producer(), "Identity"):
-        assert node is not None and node.inputs[0] is not None
+        assert node is not None
+        assert node.inputs[0] is not None
         value = node.inputs[0]
     return value
 
@@ -114,13 +106,7 @@ def find_layers(graph: ir.Graph, interface: Interface) -> tuple[list[Layer], lis
                 f"cache '{join.past.name}': no attention over the result of {name(join.node)} is known; it goes into "
                 f"{near}"
             )
-    return [_numbered(layer, index) for index, layer in enumerate(found)], problems
-
-
-def _numbered(layer: Layer, index: int) -> Layer:
-    from dataclasses import replace
-
-    return replace(layer, index=index)
+    return [replace(layer, index=index) for index, layer in enumerate(found)], problems
 
 
 def _decomposed(node: ir.Node, by_full: dict[int, Join]) -> Layer | None:
@@ -237,7 +223,8 @@ def _queries(value: ir.Value, key: Join, where: str) -> tuple[ir.Value, float]:
         if scaled is not None and scaled[0].shape is not None:
             value, product = scaled[0], product * scaled[1]
         elif standard(node, "Identity") or (rank != 4 and standard(node, "Reshape", "Squeeze", "Cast")):
-            assert node is not None and node.inputs[0] is not None
+            assert node is not None
+            assert node.inputs[0] is not None
             value = node.inputs[0]
         else:
             break
@@ -328,7 +315,8 @@ def _layer(
 def _projected_heads(q: ir.Value, dim: int) -> int | None:
     """Query heads, from the width of the projections above the queries; None if those differ or are not found."""
     widths: set[int | None] = set()
-    todo, seen = [q], set()
+    todo = [q]
+    seen: set[int] = set()
     while todo and len(seen) < 200:
         node = todo.pop().producer()
         if node is None or id(node) in seen or standard(node, "Shape"):

@@ -37,7 +37,8 @@ class Emitter:
     def layer(self, layer: Layer) -> None:
         """Replace one layer."""
         node = layer.y.producer()
-        assert node is not None and layer.q.dtype is not None
+        assert node is not None
+        assert layer.q.dtype is not None
         build = Builder(self._graph, node, f"layers.{layer.index}")
         dtype = layer.q.dtype
         k, v = (build.cast(join.new, dtype) for join in (layer.key, layer.value))
@@ -79,9 +80,7 @@ class Emitter:
             lengths = [self._lengths.past, self._lengths.new]
             name = f"layers.{layer.index}.{role}"
             inputs = [x, *lengths, *books[role], *past[role]]
-            present = self._node(
-                build, contract.QUANTIZE, inputs, attributes, len(past[role]), f"{name}.quantize"
-            )
+            present = self._node(build, contract.QUANTIZE, inputs, attributes, len(past[role]), f"{name}.quantize")
             self._outputs(past[role], present)
             inputs = [self._lengths.present, *books[role], *present]
             (whole,) = self._node(build, contract.DEQUANTIZE, inputs, attributes, 1, f"{name}.dequantize")
@@ -133,7 +132,9 @@ class Emitter:
 
     def _sinks(self, layer: Layer) -> ir.Value:
         """One score a query head, [Hq], in the type of the queries."""
-        assert layer.sinks is not None and layer.sinks.const_value is not None and layer.q.dtype is not None
+        assert layer.sinks is not None
+        assert layer.sinks.const_value is not None
+        assert layer.q.dtype is not None
         array = layer.sinks.const_value.numpy().reshape(-1).astype(layer.q.dtype.numpy())
         name = f"layers.{layer.index}.sinks"
         return initialiser(self._graph, name, ir.tensor(array, dtype=layer.q.dtype, name=name))

@@ -77,7 +77,7 @@ class Part:
         values: Sequence[ir.Value],
         cut: Sequence[ir.Value] = (),
     ) -> None:
-        self._interface = interface
+        self._model, self._interface, self._cut = model, interface, cut
         self._values = list(values)
         self._dims: dict[str, tuple[ir.Value, int, int | None]] = {}
         self.nodes: list[ir.Node] = []
@@ -107,7 +107,7 @@ class Part:
                     source = node.inputs[0]
                     start = node.attributes.get_int("start", 0)
                     end = node.attributes.get_int("end", None)
-                    self._dims[str(node.outputs[0].name)] = (source, start, end)  # type: ignore[assignment]
+                    self._dims[str(node.outputs[0].name)] = (source, start, end)
                     inputs[str(node.outputs[0].name)] = node.outputs[0]
                 else:
                     self.nodes.append(node)
@@ -150,6 +150,7 @@ class Part:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
+        options.enable_cpu_mem_arena = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -173,6 +174,12 @@ class Part:
         except Exception as error:  # see _open
             raise HqmqError(f"{self._where()} cannot be evaluated: {' '.join(str(error).split())[:240]}") from error
         return [np.asarray(result) for result in results]
+
+    def sizes(self, case: Case) -> list[int]:
+        """Bytes of every value that the part makes, in a case."""
+        values = [output for node in self.nodes for output in node.outputs if output.name]
+        whole = Part(self._model, self._interface, values, self._cut)
+        return [array.nbytes for array in whole.run(case)]
 
     def _default(self, name: str, case: Case) -> Array:
         face = self._interface

@@ -81,8 +81,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:
     inner = config.get("text_config")
-    return {key: value for key, value in {**(inner if isinstance(inner, dict) else {}), **config}.items() if value}\
-        | {key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if config.get(key) is not None}
+    return {key: value for key, value in {**(inner if isinstance(inner, dict) else {}), **config}.items() if value} | {
+        key: config[key] for key in ("eos_token_id", "bos_token_id", "pad_token_id") if config.get(key) is not None
+    }
 
 
 def _int(value: Any) -> int | None:

@@ -49,7 +49,8 @@ def _is_projection(node: ir.Node) -> bool:
     if hidden is None or matrix is None or hidden.shape is None or len(hidden.shape) != 3:
         return False
     while standard(maker := matrix.producer(), "Transpose", "Cast", "Identity"):
-        assert maker is not None and maker.inputs[0] is not None
+        assert maker is not None
+        assert maker.inputs[0] is not None
         matrix = maker.inputs[0]
     return matrix.const_value is not None and isinstance(hidden.shape[2], int)
 
@@ -97,5 +98,3 @@ def _take(build: Builder, source: ir.Value, index: ir.Value, features: int) -> i
     taken = build.op("Gather", flat, build.op("Reshape", place, build.ints(-1)), axis=0, dtype=source.dtype)
     shape = build.op("Concat", sizes, build.ints(features), axis=0)
     return build.op("Reshape", taken, shape)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,10 @@ REACH = 1 << 17
 """Tokens over which a mask is looked at where the model does not say how many it serves."""
 _LOW = -1e4
 """What a mask adds to hide a key: this, or less."""
-_TABLE = 8192
-"""Tokens at which looking ends when the mask is made from tokens x tokens elements."""
+_BYTES = 256 << 20
+"""Bytes of a value up to which looking goes on."""
+_MEASURED = (64, 128)
+"""Tokens at which the growth of values is measured."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ def expected(case: Case, window: int, padding: bool = False) -> NDArray[np.bool_
 
 def _far(part: Part, layer: Layer, reach: int, where: str) -> tuple[NDArray[np.bool_], int]:
     """The mask of two rows after as many tokens as can be."""
-    if _grows_squared(part):
-        reach = min(reach, _TABLE)
+    reach = _affordable(part, reach)
     problem: HqmqError | None = None
     while reach >= 64:
         case = Case(1, 2, reach - 2)
@@ -88,16 +90,16 @@ def _far(part: Part, layer: Layer, reach: int, where: str) -> tuple[NDArray[np.b
     raise problem or HqmqError(f"{where}: serves fewer than 64 tokens")
 
 
-def _grows_squared(part: Part) -> bool:
-    """Whether some value of the mask's part has tokens x tokens elements, judged by named dimensions."""
-    for node in part.nodes:
-        for output in node.outputs:
-            if output.shape is None:
-                continue
-            names = [str(dim.value) for dim in output.shape if isinstance(dim, ir.SymbolicDim) and dim.value]
-            if len(names) - len(set(names)) and any("+" in item for item in names if names.count(item) > 1):
-                return True
-    return False
+def _affordable(part: Part, reach: int) -> int:
+    """Tokens, at most `reach`, at which no value of the mask's part grows beyond _BYTES. (Some masks are made from
+    tokens x tokens elements.)"""
+    small, large = (part.sizes(Case(1, 2, tokens - 2)) for tokens in _MEASURED)
+    while reach > _MEASURED[1]:
+        times = math.log(reach / _MEASURED[1], _MEASURED[1] / _MEASURED[0])
+        if all(b * (b / max(a, 1)) ** times <= _BYTES for a, b in zip(small, large, strict=True)):
+            break
+        reach //= 2
+    return reach
 
 
 def _visible(part: Part, layer: Layer, case: Case, where: str) -> NDArray[np.bool_]:

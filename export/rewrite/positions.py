@@ -70,9 +70,7 @@ def find(
         node = value.producer()
         if node is None:
             where = name(reader) if reader is not None else "an output"
-            raise HqmqError(
-                f"{where} still needs the input '{value.name}', and not for attention, positions or sizes"
-            )
+            raise HqmqError(f"{where} still needs the input '{value.name}', and not for attention, positions or sizes")
         todo += [(given, node) for given in node.inputs if given is not None]
     for redirection in found.values():
         if redirection.meaning == "positions" and redirection.shape[0] == "1":
@@ -213,7 +211,7 @@ def _check_shared(value: ir.Value) -> None:
                 continue
             seen.add(id(node))
             outputs = [output for output in node.outputs if output.shape is not None]
-            leads = [output.shape[0] if len(output.shape) else None for output in outputs]  # type: ignore[arg-type]
+            leads = [output.shape[0] if len(output.shape) else None for output in outputs]
             batched = any(lead != 1 for lead in leads)
             if standard(node, *_MEETS) and batched:
                 continue
@@ -235,7 +233,7 @@ def _off_first_axis(node: ir.Node) -> bool:
     if node.op_type in ("Concat", "Gather", "Split"):
         return node.attributes.get_int("axis", 0) != 0
     if node.op_type == "Transpose":
-        return list(node.attributes["perm"].as_ints())[0] == 0
+        return next(iter(node.attributes["perm"].as_ints())) == 0
     position = 3 if node.op_type == "Slice" else 1
     axes = node.inputs[position] if len(node.inputs) > position else None
     return axes is not None and axes.const_value is not None and bool((axes.const_value.numpy() != 0).all())

@@ -161,7 +161,9 @@ def _rewrite(found: Analysis, scheme: Scheme, mode: str, bodies: bool) -> int:
     fresh = [value for layer in found.layers for value in (layer.q, layer.key.new, layer.value.new)]
     results = [layer.y for layer in found.layers]
     redirections = positions.find(model, face, [*fresh, face.logits], results)
-    rename_dimensions(graph, {symbol: _DIMENSIONS[what] for symbol, what in face.symbols.items() if what in _DIMENSIONS})
+    rename_dimensions(
+        graph, {symbol: _DIMENSIONS[what] for symbol, what in face.symbols.items() if what in _DIMENSIONS}
+    )
     start = Builder(graph, graph[0], "lengths")
     present = start.op("Add", past, new)
     present.name, present.shape = "present_length", ir.Shape(["batch"])
@@ -171,7 +173,7 @@ def _rewrite(found: Analysis, scheme: Scheme, mode: str, bodies: bool) -> int:
     emitter = Emitter(graph, scheme, mode, Lengths(ids, past, new, present))
     for layer in found.layers:
         emitter.layer(layer)
-    vocabulary = face.logits.shape[2]  # type: ignore[index]
+    vocabulary = face.logits.shape[2]
     rows = logits.take_rows(graph, face.logits, index)
     rows.name, rows.shape = "logits", ir.Shape(["batch", "num_logits", vocabulary])
     _replace_all(graph.outputs, [rows, present, *emitter.present])
@@ -254,9 +256,9 @@ def _manifest(
         seed=scheme.seed,
         page_size=scheme.page_size,
         mode=mode,  # type: ignore[arg-type]
-        dtype=_DTYPES[dtype],  # type: ignore[index,arg-type]
-        logits_dtype=_DTYPES[graph.outputs[0].dtype],  # type: ignore[index,arg-type]
-        vocab_size=int(graph.outputs[0].shape[2]),  # type: ignore[index]
+        dtype=_DTYPES[dtype],  # type: ignore[arg-type]
+        logits_dtype=_DTYPES[graph.outputs[0].dtype],  # type: ignore[arg-type]
+        vocab_size=int(graph.outputs[0].shape[2]),
         hidden_size=hidden_size,
         max_position=min(beside.max_position or reach, reach),
         bos_token_id=beside.bos,

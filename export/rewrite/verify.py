@@ -31,7 +31,7 @@ def verify(model: ir.Model, interface: Interface, layer: Layer) -> None:
     part = Part(model, interface, [layer.y], cut)
     if interface.ids.name in part.given:
         raise HqmqError(f"{name(layer.node)}: depends on the tokens themselves beside q, K and V")
-    tolerance = _TOLERANCE.get(layer.q.dtype, 2e-4)  # type: ignore[arg-type]
+    tolerance = _TOLERANCE.get(layer.q.dtype, 2e-4)
     rng = np.random.default_rng(layer.index)
     for case in _cases(layer):
         for strength in (2.0, max(2.0, layer.softcap)):
