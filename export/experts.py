@@ -38,7 +38,7 @@ def all_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     chosen = top_k_index[None] == experts
     weights = (chosen.to(top_k_weights.dtype) * top_k_weights[None]).sum(2)
     # An expert that was not asked may overflow in float16, and infinity times 0 is not 0.
-    used = torch.where((weights != 0)[:, :, None], x * weights[:, :, None], x.new_zeros(()))
+    used = torch.where((weights != 0)[:, :, None], x * weights[:, :, None], 0.0)
     return used.sum(0).to(hidden_states.dtype)
 
 

@@ -155,6 +155,11 @@ def _capture(module: CaptureModule, scheme: Scheme, layers: Sequence[AttentionLa
         while cause is not None:
             causes.append(cause)
             cause = cause.__cause__
+        if any(type(cause).__name__ == "GuardOnDataDependentSymNode" for cause in causes):
+            raise HqmqError(
+                f"torch.export cannot capture {type(module.model).__name__}: which code runs depends on the data, as "
+                "in experts that do not use the experts interface of transformers"
+            ) from error
         root = " ".join(str(causes[-1]).split())[:300]
         raise HqmqError(
             f"torch.onnx cannot capture {type(module.model).__name__}: {type(causes[-1]).__name__}: {root}"

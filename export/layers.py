@@ -96,7 +96,7 @@ class _Probe(Step):
         if masked is None:
             raise HqmqError(
                 f"attention layer {index} ({name}) gets {'no mask' if mask is None else 'a mask of its own making'} "
-                "rather than the causal mask of transformers (a position bias such as ALiBi comes that way): not supported"
+                "rather than transformers' causal mask (position biases such as ALiBi come that way): not supported"
             )
         if masked != parameters.window and not (masked == 0 and parameters.window >= _MASK_LENGTH):
             raise HqmqError(

@@ -60,7 +60,7 @@ def _longrope(module: Any) -> Any:
 
     def by_sequence(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         short, long = (forward(table, x, position_ids) for table in tables)
-        beyond = (position_ids.amax(1) >= limit)[:, None, None]
+        beyond = (position_ids[:, -1:] >= limit)[:, :, None]  # positions ascend
         return torch.where(beyond, long[0], short[0]), torch.where(beyond, long[1], short[1])
 
     return by_sequence

@@ -54,7 +54,7 @@ class Architecture:
             if model.get_output_embeddings() is not None and model.get_output_embeddings().weight is not embeddings:
                 # As large as what the layers add: a value that falls to the other side when it is rounded to float16
                 # would else move a logit by more than the tolerance.
-                embeddings.mul_(4)
+                embeddings.mul_(6)
         return model
 
 
@@ -67,7 +67,7 @@ _SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.08,
+    "initializer_range": 0.05,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -111,7 +111,7 @@ EXPORTED = (
             **_LOCAL_GLOBAL,
             "num_hidden_layers": 3,
             "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 0.5,
             "final_logit_softcapping": 10.0,
         },
         "local and global layers, soft-caps, own scale",
@@ -157,7 +157,7 @@ EXPORTED = (
     Architecture(
         "OPT",
         "OPTConfig",
-        {**_HEADS, "intermediate_size": None, "ffn_dim": 80, "word_embed_proj_dim": 32, "init_std": 0.08},
+        {**_HEADS, "intermediate_size": None, "ffn_dim": 80, "word_embed_proj_dim": 32, "init_std": 0.05},
         "learned positions from 2, projected embeddings",
     ),
     Architecture(
@@ -190,7 +190,9 @@ EXPORTED = (
         "mixture of experts, a dense layer, norms of q and k",
     ),
     Architecture("SmolLM3", "SmolLM3Config", {"no_rope_layers": [1, 0]}, "a layer without positions"),
-    Architecture("Cohere", "CohereConfig", {"head_dim": None}, "interleaved rotary, parallel blocks"),
+    Architecture(
+        "Cohere", "CohereConfig", {"head_dim": None, "logit_scale": 1.0}, "interleaved rotary, parallel blocks"
+    ),
 )
 
 _NO_SIZES = dict.fromkeys(_SIZES)
