@@ -13,6 +13,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.export.rewrite import analyse, rewrite_model
 from hqmq_trt.manifest import Manifest
 from tests import rewrite_cases as cases
+from tests.test_engine_graphs import _PARSED
 
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dynamo18": ("mistral", "sdpa", {"opset": 18}),
@@ -120,6 +121,8 @@ def test_unpacked_cache_changes_nothing(exports: Exports, tmp_path: Path, way: s
     path = exports(way)
     manifest = rewrite_model(path, tmp_path / "out", "fp16@p8", mode=mode)
     assert (manifest.mode, manifest.vocab_size, manifest.hidden_size) == (mode, 97, 64)
+    operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node if not node.domain}
+    assert operators <= set(_PARSED)
     original = onnx.load(path)
     found = cases.run_rewritten(tmp_path / "out")
     rounded, plain = cases.run_original(original), cases.run_original(original, rounded=False)
@@ -153,7 +156,10 @@ def test_nothing_is_left_over(exports: Exports, tmp_path: Path) -> None:
         rewrite_model(tmp_path / "out" / "model.onnx", tmp_path / "again")
 
 
-def test_files_beside_the_model(exports: Exports, tmp_path: Path) -> None:
+@pytest.mark.parametrize("external", [False, True])
+def test_files_beside_the_model(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+) -> None:
     """Tokenizer files come along; ends of text and the longest context come from configurations; weights may be
     external."""
     model = onnx.load(exports("traced"))
@@ -165,7 +171,12 @@ def test_files_beside_the_model(exports: Exports, tmp_path: Path) -> None:
         json.dumps({"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 200, "eos_token_id": 2})
     )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "pad_token_id": 0}))
+    if external:
+        monkeypatch.setattr("hqmq_trt.export.compile._EXTERNAL_ABOVE", 0)
+        monkeypatch.setattr("hqmq_trt.export.compile._EXTERNAL_TENSOR", 1000)
     manifest = rewrite_model(folder / "decoder.onnx", tmp_path / "out", "fp16@p8")
+    (folder / "w.bin").unlink()
+    assert [file.purpose for file in manifest.files].count("weights") == external
     assert manifest == Manifest.load(tmp_path / "out", hashes=True)
     assert manifest.tokenizer_files == ["tokenizer.json"]
     assert (manifest.architecture, manifest.source) == ("Qwen2ForCausalLM", "decoder.onnx")

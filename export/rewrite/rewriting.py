@@ -17,7 +17,7 @@ from hqmq_trt.manifest import Manifest, ModelFile
 from hqmq_trt.output_folder import check_output, new_folder
 from hqmq_trt.scheme import Scheme
 
-from .. import functions
+from .. import compile, functions
 from ..compile import MODEL_FILE, MODES, Progress, _layer, _write
 from ..layers import AttentionLayer
 from ..source import Source
@@ -25,6 +25,7 @@ from . import logits, masks, positions
 from .attention import find_layers
 from .building import Builder, rename_dimensions
 from .building import replace as swap
+from .decompose import decompose
 from .emit import Emitter
 from .files import Beside, look_beside
 from .interface import Interface, find_interface
@@ -143,6 +144,8 @@ def rewrite_model(
     except HqmqError as error:
         raise HqmqError(f"{path}: {error}") from error
     report("capture", 1.0)
+    if sum(v.const_value.nbytes for v in found.model.graph.initializers.values()) <= compile._EXTERNAL_ABOVE:
+        ir.external_data.load_to_model(found.model)  # small enough to lie in the graph
     with new_folder(output) as folder:
         tokenizer = found.beside if found.beside.tokenizer else None
         files = _write(found.model, Source(None, tokenizer, path.name), folder, report)
@@ -180,6 +183,7 @@ def _rewrite(found: Analysis, scheme: Scheme, mode: str, bodies: bool) -> int:
     common.RemoveUnusedNodesPass()(model)
     _replace_all(graph.inputs, [ids, past, new, index, *emitter.past])
     _check_inputs(graph)
+    decompose(graph)
     if bodies:
         functions.attach(model)
     model.opset_imports[contract.DOMAIN] = contract.OPSET_VERSION
