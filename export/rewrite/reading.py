@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import onnx
 import onnx_ir as ir
@@ -87,8 +87,14 @@ def _check_weights(path: Path, model: ir.Model) -> None:
         file = Path(tensor.path)
         if not file.is_file():
             raise HqmqError(f"{path}: weights of '{value.name}' are missing: {file} does not exist")
-        if not file.resolve().is_relative_to(path.parent.resolve()):
+        location = PurePosixPath(str(tensor.location))
+        if location.is_absolute() or ".." in location.parts:
             raise HqmqError(f"{path}: weights of '{value.name}' lie outside its folder, in {file}; do not trust it")
+        if not file.resolve().is_relative_to(path.parent.resolve()):
+            raise HqmqError(
+                f"{path}: weights of '{value.name}' are a link to {file.resolve()}; links out of the folder are not "
+                "followed: copy the model with its files (cp -rL)"
+            )
         end = (tensor.offset or 0) + tensor.nbytes
         if file.stat().st_size < end:
             raise HqmqError(f"{path}: {file} has {file.stat().st_size} bytes, '{value.name}' ends at {end}")

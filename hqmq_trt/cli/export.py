@@ -92,7 +92,7 @@ def export(
         else:
             from hqmq_trt.export import export_model
 
-            options = {"dtype": dtype.value if dtype else None, "gguf_file": gguf_file, "fold": fold}
+            options: dict[str, Any] = {"dtype": dtype.value if dtype else None, "gguf_file": gguf_file, "fold": fold}
             manifest = export_model(model, folder, parsed, **options, **common)
     total = sum(file.size for file in manifest.files)
     document = {
