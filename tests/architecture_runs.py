@@ -1,6 +1,6 @@
 """Exports every architecture of tests.architectures, runs it in ONNX Runtime beside PyTorch, and writes the table.
 
-``python -m tests.architecture_runs --markdown`` replaces the table in docs/models.md by what this machine finds.
+``python -m tests.architecture_runs --markdown`` writes into docs/models.md what this machine finds.
 """
 
 from __future__ import annotations
@@ -189,18 +189,21 @@ def document_cells(architecture: Architecture, outcome: Outcome) -> list[str]:
     return [architecture.shows, *outcome.verdicts().values()]
 
 
-def markdown(outcomes: dict[str, Outcome]) -> str:
-    """The two tables of docs/models.md."""
+def row(name: str, outcome: Outcome) -> str:
+    """The line of an architecture in docs/models.md."""
+    cells = [name, *document_cells(BY_NAME[name], outcome)]
+    if not BY_NAME[name].refused:
+        measured = (outcome.logit_error, outcome.kl)
+        cells += [f"{max(values.values()):.0e}" if values else "-" for values in measured]
+    return _row(cells)
+
+
+def markdown(rows: dict[str, str]) -> str:
+    """The two tables of docs/models.md; `rows`: lines by architecture."""
     lines = _head(["Architecture", "What the test has", *COLUMNS, "fp16: largest error of a logit", "hq4: mean KL"])
-    for architecture in EXPORTED:
-        outcome = outcomes[architecture.name]
-        numbers = ["-", "-"]
-        if not outcome.refused:
-            numbers = [f"{max(values.values()):.0e}" for values in (outcome.logit_error, outcome.kl)]
-        lines.append(_row([architecture.name, *document_cells(architecture, outcome), *numbers]))
+    lines += [rows[architecture.name] for architecture in EXPORTED]
     lines += ["", *_head(["Refused", "What it is", "Why: the exporter's message"])]
-    for architecture in REFUSED:
-        lines.append(_row([architecture.name, *document_cells(architecture, outcomes[architecture.name])]))
+    lines += [rows[architecture.name] for architecture in REFUSED]
     return "\n".join(lines)
 
 
@@ -212,28 +215,32 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def committed_rows() -> dict[str, str]:
+    """The lines of docs/models.md by architecture."""
+    text = DOCUMENT.read_text().split(_BEGIN)[1].split(_END)[0]
+    rows = {line.strip("| ").split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    return {name: line for name, line in rows.items() if name in BY_NAME}
+
+
 def committed() -> dict[str, list[str]]:
     """What docs/models.md says of every architecture, as document_cells; by name."""
-    text = DOCUMENT.read_text().split(_BEGIN)[1].split(_END)[0]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {name: cells[: 1 + len(COLUMNS)] for name, *cells in rows if name in BY_NAME}
+    return {name: line.strip("| ").split(" | ")[1 : 2 + len(COLUMNS)] for name, line in committed_rows().items()}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--markdown", action="store_true", help="replace the table in docs/models.md")
+    parser.add_argument("--markdown", action="store_true", help="write what is found into docs/models.md")
     parser.add_argument("names", nargs="*", help="architectures (all)")
     options = parser.parse_args()
-    if options.markdown and options.names:
-        parser.error("--markdown needs all architectures")
     outcomes = {}
     for name, future in examine_all(options.names or BY_NAME).items():
         outcomes[name] = future.result()
         print(name, outcomes[name], flush=True)
     if options.markdown:
+        rows = committed_rows() | {name: row(name, outcome) for name, outcome in outcomes.items()}
         before, rest = DOCUMENT.read_text().split(_BEGIN)
-        DOCUMENT.write_text(f"{before}{_BEGIN}\n{markdown(outcomes)}\n{_END}{rest.split(_END)[1]}")
+        DOCUMENT.write_text(f"{before}{_BEGIN}\n{markdown(rows)}\n{_END}{rest.split(_END)[1]}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ class Architecture:
             for key, parameter in model.named_parameters():
                 if key.endswith("bias") or "sinks" in key:
                     parameter.normal_(0, 0.3)
+                if self.config.startswith("Gemma") and "post_" in key:
+                    parameter.fill_(-0.7)  # 1 is added; a norm of 1 would make layers far larger than the embeddings
             embeddings = model.get_input_embeddings().weight
             if model.get_output_embeddings() is not None and model.get_output_embeddings().weight is not embeddings:
                 # As large as what the layers add: a value that falls to the other side when it is rounded to float16
@@ -73,7 +75,7 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _HEADS = {"num_key_value_heads": None, "head_dim": None}
-_LOCAL_GLOBAL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_LOCAL_GLOBAL = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
 EXPORTED = (
     Architecture(
@@ -109,9 +111,8 @@ EXPORTED = (
         "Gemma2Config",
         {
             **_LOCAL_GLOBAL,
-            "num_hidden_layers": 3,
             "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 0.5,
+            "attn_logit_softcapping": 1.0,
             "final_logit_softcapping": 10.0,
         },
         "local and global layers, soft-caps, own scale",
@@ -121,7 +122,6 @@ EXPORTED = (
         "Gemma3TextConfig",
         {
             **_LOCAL_GLOBAL,
-            "num_hidden_layers": 3,
             "query_pre_attn_scalar": 24,
             "num_key_value_heads": 1,
         },
@@ -151,13 +151,19 @@ EXPORTED = (
     Architecture(
         "GPT-2",
         "GPT2Config",
-        {**_HEADS, "intermediate_size": None, "n_inner": 80, "scale_attn_by_inverse_layer_idx": True},
+        {
+            **_HEADS,
+            "intermediate_size": None,
+            "n_inner": 80,
+            "initializer_range": 0.1,
+            "scale_attn_by_inverse_layer_idx": True,
+        },
         "learned positions, Conv1D, a scale for each layer",
     ),
     Architecture(
         "OPT",
         "OPTConfig",
-        {**_HEADS, "intermediate_size": None, "ffn_dim": 80, "word_embed_proj_dim": 32, "init_std": 0.05},
+        {**_HEADS, "intermediate_size": None, "ffn_dim": 80, "word_embed_proj_dim": 32, "initializer_range": 0.1},
         "learned positions from 2, projected embeddings",
     ),
     Architecture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -26,12 +27,16 @@ from tests.architectures import BY_NAME, EXPORTED, REFUSED, Architecture
 
 
 @pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest) -> dict[str, Future[Outcome]]:
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """Outcomes of the architectures that this run asks for."""
     asked = [item.callspec.params.get("architecture") for item in request.session.items if hasattr(item, "callspec")]
-    return examine_all(dict.fromkeys(a.name for a in asked if isinstance(a, Architecture) and not a.refused))
+    found = examine_all(dict.fromkeys(a.name for a in asked if isinstance(a, Architecture) and not a.refused))
+    yield found
+    for future in found.values():
+        future.cancel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", EXPORTED, ids=lambda a: a.id)
 def test_exported(architecture: Architecture, outcomes: dict[str, Future[Outcome]]) -> None:
     """Prefill, a chunk, 32 single tokens of an uneven batch: the model with scheme fp16, PyTorch's cache with hq4."""
