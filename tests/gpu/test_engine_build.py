@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,28 +15,14 @@ from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest, record_file
+from tests.gpu.requirements import missing
 
 PROMPT, STEPS = 40, 6
 CONTEXT = 96
 
 
-def _missing() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU"
-    for package in ("tensorrt", "pycuda"):
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package {package} is not installed"
-    try:
-        from hqmq_trt.engine.plugin_library import find_plugin_library
-
-        find_plugin_library()
-    except HqmqError as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+_MISSING = missing("tensorrt", "pycuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_MISSING), reason=_MISSING)]
 Build = Callable[..., Path]
 
 

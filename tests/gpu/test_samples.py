@@ -5,7 +5,6 @@ The C++ program is built by CMake, or named by HQMQ_SAMPLE_DECODE where it was b
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,34 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime.tokenizer import Tokenizer
+from tests.gpu.requirements import missing
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PROMPT = "".join(chr(97 + (i * i * 7 + i * 3) % 26) for i in range(150))  # the tiny model repeats itself after prose
 NEW, CHUNK, CONTEXT = 60, 48, 512
 
 
-def _missing() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU"
-    for package in ("tensorrt", "pycuda"):
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package {package} is not installed"
-    try:
-        from hqmq_trt.engine.plugin_library import find_plugin_library
-
-        find_plugin_library()
-    except (ImportError, HqmqError) as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+_MISSING = missing("tensorrt", "pycuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_MISSING), reason=_MISSING)]
 
 
 @pytest.fixture(scope="module")

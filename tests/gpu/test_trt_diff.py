@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 
 from hqmq_trt import cuda
 from hqmq_trt.diff import DiffResult, compare, greedy
-from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import TrtSession
 from hqmq_trt.scheme import ROLES
 from tests.gpu.device_memory import lost_each_round
+from tests.gpu.requirements import missing
 from tests.trt_session_cases import text
 
 CONTEXT, CHUNK, TOKENS, STEPS = 512, 64, 150, 64
@@ -29,25 +28,8 @@ CASES = [
 Models = Callable[[str], Path]
 
 
-def _missing() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU"
-    for package in ("tensorrt", "pycuda"):
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package {package} is not installed"
-    if not cuda.available():
-        return "libhqmq_cuda.so is not built"
-    try:
-        from hqmq_trt.engine.plugin_library import find_plugin_library
-
-        find_plugin_library()
-    except (ImportError, HqmqError) as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+_MISSING = missing("tensorrt", "pycuda") or ("" if cuda.available() else "libhqmq_cuda.so is not built")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_MISSING), reason=_MISSING)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)

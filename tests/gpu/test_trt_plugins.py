@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -11,30 +10,15 @@ import torch
 from torch import Tensor
 
 from hqmq_trt import native, native_attention, oracle
-from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES
 from tests.attention_cases import Attention, bits, relative_error
 from tests.codec_cases import activations, codebook, lengths
+from tests.gpu.requirements import missing
 from tests.gpu.trt_networks import Engine, Node, Run, Sizes
 
-
-def _missing() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU"
-    if importlib.util.find_spec("tensorrt") is None:
-        return "the Python package tensorrt is not installed"
-    try:
-        from hqmq_trt.engine.plugin_library import find_plugin_library
-
-        find_plugin_library()
-    except (ImportError, HqmqError) as error:
-        return str(error)
-    return ""
-
-
 Record = Callable[[str, object], None]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+_MISSING = missing("tensorrt")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_MISSING), reason=_MISSING)]
 
 ATTENTION = (
     Node("hq3", 128, 2, 4),

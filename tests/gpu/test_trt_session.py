@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import OrtSession, TrtSession
 from tests.conftest import VOCABULARY, tiny_config
 from tests.gpu.device_memory import lost_each_round
+from tests.gpu.requirements import missing
 from tests.trt_session_cases import (
     MAX_BATCH,
     MAX_CONTEXT,
@@ -29,23 +29,8 @@ from tests.trt_session_cases import (
 SESSIONS, ROUNDS = 1000, 10
 
 
-def _missing() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU"
-    for package in ("tensorrt", "pycuda"):
-        if importlib.util.find_spec(package) is None:
-            return f"the Python package {package} is not installed"
-    try:
-        from hqmq_trt.engine.plugin_library import find_plugin_library
-
-        find_plugin_library()
-    except (ImportError, HqmqError) as error:
-        return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_missing()), reason=_missing())]
+_MISSING = missing("tensorrt", "pycuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_MISSING), reason=_MISSING)]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,25 @@
+"""What tests of TensorRT need of a machine."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from hqmq_trt.errors import HqmqError
+
+
+def missing(*packages: str) -> str:
+    """Why tests that need a GPU, these Python packages and the plugin library cannot run here; empty if they can."""
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU"
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            return f"the Python package {package} is not installed"
+    try:
+        from hqmq_trt.engine.plugin_library import find_plugin_library
+
+        find_plugin_library()
+    except (ImportError, HqmqError) as error:
+        return str(error)
+    return ""
