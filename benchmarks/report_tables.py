@@ -168,7 +168,8 @@ def _tests(results: Results) -> Sheet:
     rows = []
     for key, found in results.get("tests", {}).items():
         counts = [str(found.get(name, "")) for name in ("passed", "failures", "errors", "skipped")]
-        rows.append([key, f"{found['seconds']:.0f}", *counts, ", ".join(found.get("failed", [])), _passed(found)])
+        said = found.get("note") or _passed(found)
+        rows.append([key, f"{found['seconds']:.0f}", *counts, ", ".join(found.get("failed", [])), said])
     return Sheet("Tests on the GPU", ("file", "s", "passed", "failed", "errors", "skipped", "which", ""), rows)
 
 
