@@ -1,0 +1,170 @@
+// The PTX that the decode kernels use, one small function an instruction. Nothing else holds inline
+// assembly, so that a host emulation needs to replace this file only. Shared memory is addressed by
+// 32-bit addresses of the shared window (SharedAddress).
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hqmq {
+namespace cuda {
+namespace ptx {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// c [16, 8] += a [16, 16] (row) * b [16, 8] (col), fp16 into float. Lane (r = lane/4, j = lane%4):
+// a0 row r, a1 row r+8, columns 2j and 2j+1; a2, a3 the same rows, columns 2j+8, 2j+9; b0 rows 2j,
+// 2j+1, b1 rows 2j+8, 2j+9 of column r; c0, c1 row r, c2, c3 row r+8, columns 2j, 2j+1.
+__device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Transposes an 8x8 matrix of 16-bit elements: lane (r, j) holds row r, columns 2j and 2j+1.
+__device__ __forceinline__ uint32_t Transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Four bytes of {a: 0-3, b: 4-7}, one a nibble of `selector` (bits 15-0); a nibble with bit 3 gives
+// eight copies of that byte's bit 7.
+__device__ __forceinline__ uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector));
+  return y;
+}
+
+// (x & mask) | base in one instruction.
+__device__ __forceinline__ uint32_t AndOr(uint32_t x, uint32_t mask, uint32_t base) {
+  uint32_t y;
+  asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(base));
+  return y;
+}
+
+// (x & mask) ^ base in one instruction.
+__device__ __forceinline__ uint32_t AndXor(uint32_t x, uint32_t mask, uint32_t base) {
+  uint32_t y;
+  asm("lop3.b32 %0,%1,%2,%3,0x6A;" : "=r"(y) : "r"(x), "r"(mask), "r"(base));
+  return y;
+}
+
+// Loads and stores of shared memory. Volatile: they stay in order with barriers and copies.
+__device__ __forceinline__ uint32_t LoadShared16(uint32_t address) {
+  uint16_t x;
+  asm volatile("ld.shared.u16 %0,[%1];" : "=h"(x) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint32_t LoadShared32(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint2 LoadShared64(uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint4 LoadShared128(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+__device__ __forceinline__ void StoreShared32(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void StoreShared64(uint32_t address, uint2 x) {
+  asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+__device__ __forceinline__ void StoreShared128(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
+// Entries of the decode tables: written once before a barrier, so that the compiler may move these.
+__device__ __forceinline__ uint2 LoadTable64(uint32_t address) {
+  uint2 x;
+  asm("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint32_t LoadTable32(uint32_t address) {
+  uint32_t x;
+  asm("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+
+// 16 bytes of global into shared memory, past L1. Both addresses are multiples of 16.
+__device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+}
+// Ends a group of copies.
+__device__ __forceinline__ void CopyCommit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most kGroups of this thread's groups are under way.
+template <int kGroups>
+__device__ __forceinline__ void CopyWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// Products of pairs of fp16; MultiplyLow, MultiplyHigh: by the lower, upper half of b.
+__device__ __forceinline__ uint32_t Multiply(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t MultiplyLow(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .f16 l,h; .reg .b32 s; mov.b32 {l,h},%2; mov.b32 s,{l,l}; mul.rn.f16x2 %0,%1,s;}"
+      : "=r"(y)
+      : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t MultiplyHigh(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("{.reg .f16 l,h; .reg .b32 s; mov.b32 {l,h},%2; mov.b32 s,{h,h}; mul.rn.f16x2 %0,%1,s;}"
+      : "=r"(y)
+      : "r"(a), "r"(b));
+  return y;
+}
+
+// Two floats as fp16, `low` in the lower half.
+__device__ __forceinline__ uint32_t PackHalf(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+// 2^x; 0 for -infinity, NaN for NaN.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Programmatic dependent launch. GridWait: until the kernels before this one are complete and their
+// writes are seen. GridTrigger: the next kernel may start. Nothing happens where neither is used.
+__device__ __forceinline__ void GridWait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void GridTrigger() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace ptx
+}  // namespace cuda
+}  // namespace hqmq
