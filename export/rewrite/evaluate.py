@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hqmq_trt.errors import HqmqError
 
 from .interface import Interface
+from .running import open_session
 
 Array = NDArray[Any]
 _WEIGHT_LIMIT = 256 << 20
@@ -79,6 +80,7 @@ class Part:
     ) -> None:
         self._model, self._interface, self._cut = model, interface, cut
         self._values = list(values)
+        self._names: list[str] = []
         self._dims: dict[str, tuple[ir.Value, int, int | None]] = {}
         self.nodes: list[ir.Node] = []
         self.given: list[str] = []
@@ -130,30 +132,17 @@ class Part:
     def _open(
         self, model: ir.Model, inputs: Mapping[str, ir.Value], weights: Mapping[str, ir.Value]
     ) -> ort.InferenceSession:
-        infos, made = [], {str(output.name) for node in self.nodes for output in node.outputs}
-        for name, value in inputs.items():
-            kind = int(value.dtype) if value.dtype is not None else onnx.TensorProto.FLOAT
-            infos.append(onnx.helper.make_tensor_value_info(name, _wide(kind), None))
-        tensors = [_tensor(value) for value in weights.values()]
-        outputs = [onnx.helper.make_empty_tensor_value_info(str(v.name)) for v in self._values if v.name in made]
-        nodes = [_node(node) for node in self.nodes]
-        for value in self._values:  # an input or weight that is itself wanted
-            if value.name not in made:
-                nodes.append(onnx.helper.make_node("Identity", [value.name], [f"{value.name}.wanted"]))
-                outputs.append(onnx.helper.make_empty_tensor_value_info(f"{value.name}.wanted"))
-        self._names = [value.name if value.name in made else f"{value.name}.wanted" for value in self._values]
-        proto = onnx.helper.make_model(
-            onnx.helper.make_graph(nodes, "part", infos, outputs, tensors),
-            opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items()],
-            ir_version=model.ir_version,
-        )
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
-        options.enable_cpu_mem_arena = False
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        made = {str(output.name) for node in self.nodes for output in node.outputs}
+        extra = []
+        for value in self._values:
+            name = str(value.name)
+            if name not in made:  # an input or weight that is itself wanted
+                extra.append(onnx.helper.make_node("Identity", [name], [f"{name}.wanted"]))
+                name = f"{name}.wanted"
+            self._names.append(name)
+        names = list(dict.fromkeys(self._names))
         try:
-            return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            return open_session(model, self.nodes, list(inputs.values()), list(weights.values()), names, extra)
         except Exception as error:  # ONNX Runtime raises a type per status code
             raise HqmqError(f"{self._where()} cannot be evaluated: {' '.join(str(error).split())[:240]}") from error
 
@@ -241,28 +230,6 @@ def _term(text: str, interface: Interface, case: Case) -> int | None:
     if text.isdigit():
         return int(text)
     return case.sizes.get(interface.symbols.get(text, ""))
-
-
-def _wide(kind: int) -> int:
-    """bfloat16 is evaluated as float32: ONNX Runtime's CPU kernels lack it."""
-    return onnx.TensorProto.FLOAT if kind == onnx.TensorProto.BFLOAT16 else kind
-
-
-def _tensor(value: ir.Value) -> onnx.TensorProto:
-    tensor = value.const_value
-    assert tensor is not None
-    array = tensor.numpy()
-    if tensor.dtype == ir.DataType.BFLOAT16:
-        array = array.astype(np.float32)
-    return onnx.numpy_helper.from_array(np.asarray(array), str(value.name))
-
-
-def _node(node: ir.Node) -> onnx.NodeProto:
-    proto = ir.serde.serialize_node(node)
-    for attribute in proto.attribute:
-        if attribute.name in ("to", "dtype", "stash_type") and attribute.i == onnx.TensorProto.BFLOAT16:
-            attribute.i = onnx.TensorProto.FLOAT
-    return proto
 
 
 def _as(array: Array, dtype: ir.DataType | None) -> Array:

@@ -15,6 +15,7 @@ from hqmq_trt import contract
 from hqmq_trt.errors import HqmqError
 
 from ..graph import IR_VERSION, OPSET, _quiet
+from .inline import read_light
 
 OPSETS = range(18, 26)
 """Opsets of the default domain that are read."""
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def read(path: Path) -> ir.Model:
     """The model of an ONNX file, functions inlined, arithmetic on small constants done, shapes inferred.
 
-    External weights are not read.
+    Weights are not read, external ones or those of inline.LARGE bytes and more in the file itself.
 
     Raises:
         HqmqError: not an ONNX file, an invalid or cyclic graph, an opset outside OPSETS, missing weights, or a file
@@ -68,11 +69,24 @@ def _load(path: Path) -> ir.Model:
     if not path.is_file():
         raise HqmqError(f"{path}: no such file")
     try:
-        model = ir.load(path)
+        model = _light(path)
     except Exception as error:  # protobuf and onnx_ir raise their own types
         raise HqmqError(f"{path}: is not an ONNX file, or is damaged: {_one_line(error)}") from error
     if not len(model.graph):
         raise HqmqError(f"{path}: is not an ONNX file, or its graph is empty")
+    return model
+
+
+def _light(path: Path) -> ir.Model:
+    """The model; its large weights are external tensors, of the file itself if they lie in it."""
+    real = path.resolve()
+    proto = read_light(real)
+    outside = [t for t in proto.graph.initializer if t.external_data and t.external_data[0].value != real.name]
+    if real.stat().st_nlink > 1 or (outside and real.parent != path.parent.resolve()):
+        # onnx_ir follows no hard links, and ONNX Runtime looks for external weights in one folder only.
+        return ir.load(path)
+    model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, real.parent)
     return model
 
 
@@ -87,6 +101,11 @@ def _check_weights(path: Path, model: ir.Model) -> None:
         file = Path(tensor.path)
         if not file.is_file():
             raise HqmqError(f"{path}: weights of '{value.name}' are missing: {file} does not exist")
+        end = (tensor.offset or 0) + tensor.nbytes
+        if file.stat().st_size < end:
+            raise HqmqError(f"{path}: {file} has {file.stat().st_size} bytes, '{value.name}' ends at {end}")
+        if file == path.resolve():
+            continue
         location = PurePosixPath(str(tensor.location))
         if location.is_absolute() or ".." in location.parts:
             raise HqmqError(f"{path}: weights of '{value.name}' lie outside its folder, in {file}; do not trust it")
@@ -95,9 +114,8 @@ def _check_weights(path: Path, model: ir.Model) -> None:
                 f"{path}: weights of '{value.name}' are a link to {file.resolve()}; links out of the folder are not "
                 "followed: copy the model with its files (cp -rL)"
             )
-        end = (tensor.offset or 0) + tensor.nbytes
-        if file.stat().st_size < end:
-            raise HqmqError(f"{path}: {file} has {file.stat().st_size} bytes, '{value.name}' ends at {end}")
+        if file.stat().st_nlink > 1:
+            raise HqmqError(f"{path}: {file} has several hard links, which ONNX readers refuse: copy it (cp)")
 
 
 def _check_graph(path: Path, model: ir.Model) -> None:

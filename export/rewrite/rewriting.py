@@ -139,7 +139,7 @@ def rewrite_model(
         chosen.check_head_dim(layer.head_dim)
     report("capture", 0.0)
     try:
-        try_rows(path, found.interface, found.layers)
+        try_rows(found.model, found.interface, found.layers)
         hidden_size = _rewrite(found, chosen, mode, bodies)
     except HqmqError as error:
         raise HqmqError(f"{path}: {error}") from error

@@ -3,16 +3,18 @@
 The new graph takes sequences of different lengths, padded, and prompts in chunks. That is sound only for a decoder
 whose every row depends on its own token, its position and the cache; a node that mixes rows in another way (a
 convolution, a norm over tokens, state that is not in the cache) shows here.
+
+Compared are the hidden states before the last projection where that can be recognised, else the logits. The weights
+stay in their file and are mapped from there.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
@@ -20,22 +22,23 @@ from hqmq_trt.errors import HqmqError
 from .evaluate import Case, _as
 from .interface import Interface
 from .layer import Layer
+from .logits import rows_of
+from .running import open_session
 
 _TOKENS, _FIRST = 7, 4
+_TOLERANCE = {ir.DataType.FLOAT16: 2e-2}
+"""Of the largest element; 1e-3 for other types (bfloat16 is computed as float32)."""
 
 
-def try_rows(path: Path, interface: Interface, layers: list[Layer]) -> None:
-    """Run the model at `path` whole, in chunks, and with other neighbours in its batch.
+def try_rows(model: ir.Model, interface: Interface, layers: list[Layer]) -> None:
+    """Run the model whole, in chunks, and with other neighbours in its batch.
 
-    A model that runs for one sequence only is tried with one. Models in bfloat16 are not tried: ONNX Runtime's CPU
-    kernels do not run them.
+    A model that runs for one sequence only is tried with one.
 
     Raises:
         HqmqError: ONNX Runtime cannot run the model, or rows depend on each other.
     """
-    if interface.past[0].dtype == ir.DataType.BFLOAT16:
-        return
-    run = _Model(path, interface, {id(j.past): str(j.full.name) for x in layers for j in (x.key, x.value)})
+    run = _Model(model, interface, layers)
     vocabulary = int(interface.logits.shape[2])
     ids = np.random.default_rng(0).integers(0, vocabulary, (2, _TOKENS))
     ids[1, :2] = ids[0, :2]
@@ -44,7 +47,9 @@ def try_rows(path: Path, interface: Interface, layers: list[Layer]) -> None:
     except HqmqError:  # exporters' rotary embeddings without position_ids work for one sequence only
         ids = ids[:1]
         whole, _ = run(ids, {})
-    limit = (2e-2 if interface.past[0].dtype == ir.DataType.FLOAT16 else 1e-3) * max(float(np.abs(whole).max()), 1e-3)
+    if not np.isfinite(whole).all():
+        raise HqmqError("tried on random tokens it gives numbers that are not finite: its type may be too narrow")
+    limit = _TOLERANCE.get(interface.past[0].dtype, 1e-3) * max(float(np.abs(whole).max()), 1e-3)
     first, cache = run(ids[:, :_FIRST], {})
     rest, _ = run(ids[:, _FIRST:], cache)
     alone, _ = run(ids[:1], {})
@@ -58,25 +63,22 @@ def try_rows(path: Path, interface: Interface, layers: list[Layer]) -> None:
 
 
 class _Model:
-    def __init__(self, path: Path, interface: Interface, full: dict[int, str]) -> None:
+    def __init__(self, model: ir.Model, interface: Interface, layers: list[Layer]) -> None:
         self._interface = interface
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy the weights
+        result, _ = rows_of(interface.logits)
+        joins = [join for layer in layers for join in (layer.key, layer.value)]
+        self._past = [str(join.past.name) for join in joins]
+        self._names = [str(value.name) for value in (result, *(join.full for join in joins))]
+        nodes, inputs, weights = _above(model.graph, [result, *(join.full for join in joins)])
+        self._given = {value.name for value in inputs}
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            names = list(dict.fromkeys(self._names))
+            self._session = open_session(model, nodes, inputs, weights, names, threads=os.cpu_count() or 1)
         except Exception as error:  # ONNX Runtime raises a type per status code
             raise HqmqError(f"ONNX Runtime cannot load it: {' '.join(str(error).split())[:240]}") from error
-        self._given = {value.name for value in self._session.get_inputs()}
-        outputs = {value.name for value in interface.present}
-        self._present = {str(past.name): full[id(past)] for past in interface.past if full[id(past)] in outputs}
-        if len(self._present) != len(interface.past):  # renamed on the way out
-            order = [str(value.name) for value in interface.present]
-            self._present = {str(past.name): name for past, name in zip(interface.past, order, strict=True)}
 
     def __call__(self, ids: NDArray[Any], cache: dict[str, Any]) -> tuple[NDArray[Any], dict[str, Any]]:
-        """Logits [B, T, V] and the cache after a call."""
+        """Hidden states [B, T, F] or logits [B, T, V], and the cache after a call."""
         face = self._interface
         held = next(iter(cache.values())).shape[2] if cache else 0
         case = Case(len(ids), ids.shape[1], held)
@@ -89,9 +91,24 @@ class _Model:
             empty = np.zeros((len(ids), past.shape[1], 0, past.shape[3]), np.float32)
             feed[str(past.name)] = cache.get(str(past.name), _as(empty, past.dtype))
         feed = {name: array for name, array in feed.items() if name in self._given}
-        names = [str(face.logits.name), *self._present.values()]
         try:
-            logits, *present = self._session.run(names, feed)
+            found, *present = self._session.run(self._names, feed)
         except Exception as error:  # see __init__
             raise HqmqError(f"ONNX Runtime cannot run it: {' '.join(str(error).split())[:240]}") from error
-        return np.asarray(logits, np.float32), dict(zip(self._present, present, strict=True))
+        return np.asarray(found, np.float32), dict(zip(self._past, present, strict=True))
+
+
+def _above(graph: ir.Graph, values: list[ir.Value]) -> tuple[list[ir.Node], list[ir.Value], list[ir.Value]]:
+    """Nodes that make some values, in order, and the inputs and weights that they read."""
+    found: dict[int, ir.Value] = {}
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if id(value) not in found:
+            found[id(value)] = value
+            node = value.producer()
+            todo += [given for given in node.inputs if given is not None] if node is not None else []
+    nodes = [node for node in graph if any(id(output) in found for output in node.outputs)]
+    roots = [value for value in found.values() if value.producer() is None]
+    weights = [value for value in roots if value.const_value is not None]
+    return nodes, [value for value in roots if value.const_value is None], weights
