@@ -1,0 +1,287 @@
+"""Decode attention on a GPU: HqmqAttention against fp16 attention and the limit of memory, in one run on one card.
+
+``python -m benchmarks.gpu_attention --output FOLDER --quick`` measures the points of the table of targets in less than
+a minute; ``--grid`` measures presets x head_dim x group x batch x context; without either, the contexts and batches
+given. Needs torch and libhqmq_cuda.so (``--library FOLDER``), no compiler and no TensorRT. Writes gpu_attention.json,
+gpu_attention.md and gpu_attention.png, after every shape.
+
+Columns: "us" is one launch (a decode step of one layer, the append of its token included) that finds nothing in L2, as
+between the layers of a model; "warm" the same memory again and again, so that L2 holds it where it fits; "fill" a step
+whose token fills a page, which is coded; "limit" is bytes that must be moved / bandwidth of a copy in the same run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks import gpu_targets
+from benchmarks.gpu_cases import Half, Ours, Shape, flashinfer_steps, prefill_variants
+from benchmarks.gpu_encode import measure_encode, measure_prefill
+from benchmarks.gpu_encode import sheet as encode_sheet
+from benchmarks.gpu_tables import attention_sheet, failures, grid_sheet, plot, prefill_sheet, targets_sheet
+from benchmarks.gpu_timing import Step, copies_for, copy_bandwidth, free, graph_time, l2_bytes
+from benchmarks.machine import log, machine, version_of
+from hqmq_trt.errors import HqmqError
+from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE
+from hqmq_trt.scheme import PRESETS, Scheme
+
+Row = dict[str, Any]
+
+
+class Run:
+    """Rows of one run, written to `output` as they come."""
+
+    def __init__(self, output: Path, device: torch.device, budget: float, commit: str | None) -> None:
+        self.output, self.device = output, device
+        self.deadline = time.monotonic() + budget
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.machine = machine(commit)
+        self.bandwidth = copy_bandwidth(device)
+        free(device)
+        log(f"copy: {self.bandwidth / 1e12:.3f} TB/s")
+
+    def out_of_time(self, what: str) -> bool:
+        """Whether the budget is spent; notes what is left out."""
+        if time.monotonic() < self.deadline:
+            return False
+        self.notes.append(f"not measured, the time was up: {what}")
+        return True
+
+    def time(
+        self, kind: str, case: str, shape: Shape, steps: list[Step] | Callable[[], list[Step]], **more: Any
+    ) -> Row:
+        """A row: cold, and warm where there are several copies; or why it failed."""
+        row: Row = {"kind": kind, "case": case, **shape.values(), **more}
+        try:
+            made = steps() if callable(steps) else steps
+            cold = graph_time(made, self.device)
+            warm = graph_time(made[:1], self.device) if len(made) > 1 else cold
+        except (RuntimeError, HqmqError) as error:
+            row["failed"] = str(error).splitlines()[0][:120]
+        else:
+            row |= {"us": cold.us, "us_least": cold.least, "us_most": cold.most, "warm_us": warm.us}
+            row |= {"launches": cold.launches, "copies": len(made)}
+            if "bytes" in row:
+                row["tb_s"] = row["bytes"] / cold.us / 1e6
+                row["limit_us"] = 1e6 * row["bytes"] / self.bandwidth
+        self.rows.append(row)
+        return row
+
+    def half(self, shape: Shape) -> dict[str, float | str] | None:
+        """Time the baselines of a shape; the fastest, cold and warm."""
+        same = [row for row in self.rows if row["kind"] in ("fp16", "fp8") and _same(row, shape)]
+        if not same:
+            try:
+                case = Half(shape, self.device, copies_for(shape.half_bytes, self.device))
+            except torch.OutOfMemoryError:
+                self.notes.append(f"fp16 of {shape} does not fit the memory")
+                return None
+            for name, steps in case.variants().items():
+                self.time("fp16", name, shape, steps, bytes=shape.half_bytes)
+            del case
+            free(self.device)
+            if shape.tokens == 1 and self.device.type == "cuda" and version_of("flashinfer") != "missing":
+                self._flashinfer(shape)
+            same = [row for row in self.rows if row["kind"] == "fp16" and _same(row, shape)]
+        timed = [row for row in same if row["kind"] == "fp16" and "us" in row]
+        if not timed:
+            return None
+        best = min(timed, key=lambda row: float(row["us"]))
+        return {"name": best["case"], "us": best["us"], "warm_us": min(row["warm_us"] for row in timed)}
+
+    def _flashinfer(self, shape: Shape) -> None:
+        for fp8 in (False, True):
+            size = shape.half_bytes // (2 if fp8 else 1)
+            copies = min(copies_for(size, self.device), 8)  # each has a workspace of its own
+            kind, name = ("fp8", "flashinfer_fp8") if fp8 else ("fp16", "flashinfer")
+            make = partial(flashinfer_steps, shape, self.device, copies, fp8)
+            self.time(kind, name, shape, make, bytes=size)
+            free(self.device)
+
+    def ours(self, shape: Shape, scheme: str, best: dict[str, Any] | None, check: bool, fill: bool) -> None:
+        """Time a scheme and compare it with the baselines."""
+        try:
+            Scheme.parse(scheme).key.check_head_dim(shape.head_dim)
+            case = Ours(shape, scheme, self.device, Ours.copies_for(shape, scheme, self.device))
+        except torch.OutOfMemoryError:
+            self.notes.append(f"{scheme} of {shape} does not fit the memory")
+            return
+        nbytes = case.bytes_read()
+        row = self.time("ours", scheme, shape, case.steps, bytes=nbytes, limit_x=shape.half_bytes / nbytes)
+        if "us" not in row:
+            return
+        row["outlier_share"] = case.outlier_share()
+        if best:
+            row |= {"best_fp16": best["name"], "x_fp16": best["us"] / row["us"]}
+            row["warm_x_fp16"] = best["warm_us"] / row["warm_us"]
+        if fill:
+            row["fill_us"] = graph_time(case.steps(fill=True), self.device).us
+        if check:
+            row["error"] = case.error()
+        del case
+        free(self.device)
+
+    def point(self, shape: Shape, schemes: list[str], check: bool = True, fill: bool = True) -> None:
+        """Baselines and schemes of one shape."""
+        if self.out_of_time(f"{shape}"):
+            return
+        best = self.half(shape)
+        for scheme in schemes:
+            if not self.out_of_time(f"{scheme} of {shape}"):
+                self.ours(shape, scheme, best, check, fill)
+        self.write()
+
+    def prefill(self, tokens: int, context: int, schemes: list[str]) -> None:
+        """A prefill of `tokens` over the rest of `context` as codes."""
+        shape = Shape(1, context, tokens=tokens)
+        if self.out_of_time(f"prefill {shape}"):
+            return
+        timed: list[Row] = []
+        for name, steps in prefill_variants(shape, self.device).items():
+            timed.append(self.time("prefill_fp16", name, shape, steps))
+            del steps
+        free(self.device)
+        best = min((row for row in timed if "us" in row), key=lambda row: float(row["us"]), default=None)
+        for scheme in schemes:
+            row = self.time("prefill", scheme, shape, Ours(shape, scheme, self.device, prefill=True).steps)
+            if best and "us" in row:
+                row |= {"best_fp16": best["case"], "x_fp16": best["us"] / row["us"]}
+            free(self.device)
+        self.write()
+
+    def encode(self, context: int, schemes: list[str]) -> None:
+        """Coding a prefill against its attention."""
+        if self.out_of_time(f"encoding {context}"):
+            return
+        shape = Shape(1, context, tokens=context)
+        known = [row for row in self.rows if row["kind"] == "prefill_fp16" and _same(row, shape)]
+        half = known or measure_prefill(shape, self.device)
+        self.rows += [] if known else [row | {"kind": "prefill_fp16"} for row in half]
+        self.rows += measure_encode(shape, schemes, self.device, half)
+        self.write()
+
+    def write(self) -> None:
+        """All results so far."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        document = {
+            "machine": self.machine,
+            "copy_bytes_per_second": self.bandwidth,
+            "l2_bytes": l2_bytes(self.device),
+            "flashinfer": version_of("flashinfer"),
+            "rows": self.rows,
+            "targets": gpu_targets.targets(self.rows, self.bandwidth),
+            "growth": gpu_targets.growth(self.rows),
+            "notes": self.notes,
+        }
+        path = self.output / "gpu_attention.json"
+        path.with_suffix(".part").write_text(json.dumps(document, indent=1) + "\n")
+        path.with_suffix(".part").replace(path)
+
+    def finish(self, grid: bool) -> None:
+        """Tables and plot."""
+        self.write()
+        where = self.machine
+        if version_of("flashinfer") == "missing":
+            self.notes.append("FlashInfer is not installed: no row of it")
+        self.notes += failures(self.rows)
+        sheets = [attention_sheet(self.rows), prefill_sheet(self.rows), encode_sheet(self.rows)]
+        sheets += [grid_sheet(self.rows)] if grid else []
+        sheets += [targets_sheet(gpu_targets.targets(self.rows, self.bandwidth))]
+        head = (
+            f"{where['card']}, driver {where['driver']}, torch {where['torch']}, {where['date']}, commit "
+            f"{where['commit']}. Copy bandwidth {self.bandwidth / 1e12:.2f} TB/s, L2 {l2_bytes(self.device) >> 20} MiB."
+        )
+        shown = [sheet for sheet in sheets if sheet.rows]
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        text = "\n".join([head, "", *[sheet.markdown() for sheet in shown], notes])
+        (self.output / "gpu_attention.md").write_text(text)
+        plot(self.rows, head.split(". ")[0], self.output / "gpu_attention.png")
+        console = Console(width=180)
+        for sheet in shown:
+            console.print(sheet.rich())
+        print(head, *self.notes, sep="\n")
+
+
+def _same(row: Row, shape: Shape) -> bool:
+    return all(row[key] == value for key, value in shape.values().items())
+
+
+def quick(run: Run, schemes: list[str] | None, tail: bool) -> None:
+    """The points of the table of targets; `tail`: prefill and encoding too."""
+    points: dict[tuple[int, int], list[str]] = {}
+    for point in gpu_targets.POINTS:
+        if schemes is None or point.scheme in schemes:
+            points.setdefault((point.batch, point.context), []).append(point.scheme)
+    for (batch, context), names in sorted(points.items(), key=lambda item: item[0][0] * item[0][1]):
+        run.point(Shape(batch, context), names)
+        log(f"{gpu_targets.label(batch, context)}: done")
+    if not tail:
+        return
+    chosen = [name for name in ("hq3", "hq4") if schemes is None or name in schemes]
+    for tokens, context in gpu_targets.PREFILLS:
+        run.prefill(tokens, context, chosen[:1])
+        log(f"prefill of {tokens:,} of {context:,}: done")
+    run.encode(32768, chosen)
+    log("encoding: done")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")],
+    library: Annotated[Path | None, typer.Option(help="Folder of libhqmq_cuda.so [default: the package's].")] = None,
+    quick_run: Annotated[bool, typer.Option("--quick", help="The points of the table of targets.")] = False,
+    tail: Annotated[bool, typer.Option(help="With --quick: prefill and encoding too.")] = True,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="All head_dims, groups, batches, contexts; worst first.")
+    ] = False,
+    schemes: Annotated[
+        str | None, typer.Option("--scheme", help="Schemes, separated by spaces [default: all presets].")
+    ] = None,
+    contexts: Annotated[str, typer.Option(help="Tokens in the cache.")] = "4096,32768,131072",
+    batches: Annotated[str, typer.Option(help="Sequences.")] = "1,16",
+    groups: Annotated[str, typer.Option(help="Query heads of a KV head; --grid: 1,2,3,4,6,7,8 unless given.")] = "",
+    head_dims: Annotated[str, typer.Option(help="Elements of a head; --grid: 64,128,256 unless given.")] = "",
+    heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Queries of a sequence; baselines see all keys with each.")] = 1,
+    check: Annotated[bool, typer.Option(help="Compare with float32 attention over the same bytes.")] = True,
+    budget: Annotated[float, typer.Option(help="Seconds; what is left then is listed.")] = 540.0,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the program out.")] = "cuda",
+    commit: Annotated[str | None, typer.Option(help="Where git cannot tell.")] = None,
+) -> None:
+    """Time decode attention over HQMQ codes and over fp16."""
+    if library:
+        os.environ[LIBRARY_DIR_VARIABLE] = str(library)
+    on = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    names = schemes.split() if schemes else None
+    run = Run(output, on, budget, commit)
+    if quick_run:
+        quick(run, names, tail)
+    else:
+        presets = names or [name for name in PRESETS if name != "fp16"]
+        dims = _numbers(head_dims or ("64,128,256" if grid else "128"))
+        group_sizes = _numbers(groups or ("1,2,3,4,6,7,8" if grid else "4"))
+        sizes = itertools.product(_numbers(contexts), dims, _numbers(batches), group_sizes)
+        for context, dim, batch, group in sizes:
+            shape = Shape(batch, context, group, dim, heads, tokens)
+            run.point(shape, presets, check, fill=not grid)
+        log("points: done")
+    run.finish(grid)
+
+
+if __name__ == "__main__":
+    typer.run(main)
