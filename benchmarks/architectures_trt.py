@@ -20,16 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.architecture_engines import SCHEME, Case, examine, prepare
+from benchmarks.architecture_engines import PACKED, UNPACKED, Case, examine, prepare
 from benchmarks.worker_pool import Crew
 
 RESULTS = "engines.jsonl"
 QDQ = ("Llama 3", "Gemma 2", "gpt-oss")
 """Architectures whose qdq mode goes first: the plain case, soft-caps, sinks."""
 HUGGING_FACE, ONNX = "hugging-face", "onnx"
-_DTYPES = ("float32", "float16")
+EXACT, HALF, WIDE = ("float32", UNPACKED), ("float16", PACKED), ("float32", PACKED)
+"""Weights and cache: the arithmetic with a tight limit; as engines are built; the packed cache in float32."""
 Subject = tuple[str, str, str]
-"""Road, name, mode: what one export task makes, in all its types."""
+"""Road, name, mode."""
 
 
 def all_cases(exports: Path) -> list[Case]:
@@ -38,21 +39,34 @@ def all_cases(exports: Path) -> list[Case]:
     from tests.test_rewrite import WAYS
 
     names = [architecture.name for architecture in EXPORTED]
-    subjects: list[Subject] = [(HUGGING_FACE, name, "fused") for name in names]
-    subjects += [(ONNX, way, "fused") for way in WAYS]
-    subjects += [(HUGGING_FACE, name, "qdq") for name in QDQ]
-    subjects += [(HUGGING_FACE, name, "qdq") for name in names if name not in QDQ]
-    subjects += [(ONNX, way, "qdq") for way in WAYS]
-    return [Case(*subject, dtype, exports) for subject in subjects for dtype in types_of(subject[0])]
+    fused: list[Subject] = [(HUGGING_FACE, name, "fused") for name in names]
+    rewritten: list[Subject] = [(ONNX, way, "fused") for way in WAYS]
+    qdq: list[Subject] = [(HUGGING_FACE, name, "qdq") for name in sorted(names, key=lambda name: name not in QDQ)]
+    order = [
+        (fused, EXACT),
+        (rewritten, EXACT),
+        (qdq[: len(QDQ)], EXACT),
+        (fused, HALF),
+        (qdq[: len(QDQ)], HALF),
+        (rewritten, WIDE),
+        (qdq[len(QDQ) :], EXACT),
+        (qdq[len(QDQ) :], HALF),
+    ]
+    return [Case(*subject, *variant, exports) for subjects, variant in order for subject in subjects]
 
 
-def types_of(road: str) -> Sequence[str]:
-    """Weight types that are tried: ONNX files keep the type they have, and the tests' are float32."""
-    return _DTYPES if road == HUGGING_FACE else _DTYPES[:1]
+def needed(case: Case) -> list[Case]:
+    """The exports that a case needs: its own, and in float16 the float32 one that tells what rounding does."""
+    return list(dict.fromkeys((case.wide(), case))) if case.dtype != "float32" else [case]
 
 
-def export(cases: Sequence[Case]) -> dict[str, str]:
-    """Export the cases of one subject that are not there yet; the error by case id of those that could not be."""
+def missing(case: Case) -> list[Case]:
+    """Those of `needed` that are not there."""
+    return [one for one in needed(case) if not (one.folder / "manifest.json").is_file()]
+
+
+def export(case: Case) -> None:
+    """Make the exports that a case needs and that are not there."""
     import warnings
 
     import torch
@@ -61,14 +75,8 @@ def export(cases: Sequence[Case]) -> dict[str, str]:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    failed = {}
-    for case in cases:
-        try:
-            if not (case.folder / "manifest.json").is_file():
-                _export(case)
-        except Exception as error:
-            failed[case.id] = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-    return failed
+    for one in missing(case):
+        _export(one)
 
 
 def _export(case: Case) -> None:
@@ -81,11 +89,11 @@ def _export(case: Case) -> None:
 
     if case.road == HUGGING_FACE:
         model = BY_NAME[case.name].model().to(getattr(torch, case.dtype))
-        export_model(model, case.folder, SCHEME, mode=case.mode, overwrite=True)
+        export_model(model, case.folder, case.scheme, mode=case.mode, overwrite=True)
     else:
         sources = case.exports / "sources" / case.id
         sources.mkdir(parents=True, exist_ok=True)
-        rewrite_model(Exports(sources)(case.name), case.folder, SCHEME, mode=case.mode, overwrite=True)
+        rewrite_model(Exports(sources)(case.name), case.folder, case.scheme, mode=case.mode, overwrite=True)
 
 
 class Records:
@@ -115,7 +123,7 @@ class Records:
 
 def line(record: dict[str, Any]) -> str:
     """A result for people."""
-    numbers = " ".join(f"{key}={record[key]:.2g}" for key in ("kl", "kl_limit", "logit_error") if key in record)
+    numbers = " ".join(f"{key}={record[key]:.2g}" for key in ("kl", "logit_error") if key in record)
     reason = f"{record['stage']}: {record['error']}" if record["outcome"] != "passes" else ""
     return f"{record['outcome']:6} {record['case']:45} {record.get('seconds', 0):6.1f} s {numbers} {reason}".rstrip()
 
@@ -138,16 +146,14 @@ def run_cases(
         output: folder of RESULTS; cases that it has are not done again.
         workers, exporters: processes that build and run engines, and that export.
         seconds: after so long nothing new is begun and what runs is stopped; those cases have no record.
-        task_seconds: what one engine, or the exports of one subject, may take.
+        task_seconds: what one engine may take; exports may take twice as long.
         options: for build_engine.
         work, before: what engine processes do with (case, options), and at their start.
     """
     output.mkdir(parents=True, exist_ok=True)
     records, until = Records(output / RESULTS), time.monotonic() + seconds
     todo = [case for case in cases if case.id not in records.found]
-    subjects: dict[Subject, list[Case]] = {}
-    for case in todo:
-        subjects.setdefault((case.road, case.name, case.mode), []).append(case)
+    absent = [case for case in todo if missing(case)]
 
     def failed(case: Case, stage: str, error: str) -> None:
         records.add({**case.record(), "outcome": "fails", "stage": stage, "error": error})
@@ -158,24 +164,19 @@ def run_cases(
         else:
             records.add(record)
 
-    def exported(group: Sequence[Case], errors: dict[str, str] | None, error: str | None) -> None:
-        wanted = [case for case in group if case in todo]
-        if errors is None:
-            errors = {case.id: error or "" for case in wanted}
-        for case in wanted:
-            wide = errors.get(case.wide().id)
-            if case.id in errors:
-                failed(case, "export", errors[case.id])
-            elif wide:
-                failed(case, "export", f"of the float32 model that it is compared with: {wide}")
-            else:
-                engines.add((case, options or {}))
+    def exported(case: Case, _: None, error: str | None) -> None:
+        if error is not None:
+            failed(case, "export", error)
+        else:
+            engines.add((case, options or {}))
 
     engines = Crew(work, min(workers, len(todo)), task_seconds, until, built, before)
-    exports = Crew(export, min(exporters, len(subjects)), task_seconds, until, exported)
-    for group in subjects.values():
-        wide = [case.wide() for case in group if case.wide() not in group]
-        exports.add([*dict.fromkeys(wide), *group])
+    exports = Crew(export, min(exporters, len(absent)), 2 * task_seconds, until, exported)
+    for case in todo:
+        if case in absent:
+            exports.add(case)
+        else:
+            engines.add((case, options or {}))
     exports.finish()
     engines.finish()
     return {case.id: records.found[case.id] for case in cases if case.id in records.found}
@@ -217,21 +218,16 @@ def main() -> None:
 
 def _export_only(cases: Sequence[Case], exporters: int, seconds: float) -> int:
     """Exit status."""
-    failures: list[str] = []
 
-    def done(group: Sequence[Case], errors: dict[str, str] | None, error: str | None) -> None:
-        print(f"{group[0].id}: {error or errors or 'exported'}", flush=True)
-        if error or errors:
-            failures.append(group[0].id)
+    def done(case: Case, _: None, error: str | None) -> None:
+        print(f"{case.id}: {error or 'exported'}", flush=True)
 
-    crew = Crew(export, exporters, 120, time.monotonic() + seconds, done)
-    groups: dict[Subject, list[Case]] = {}
+    crew = Crew(export, exporters, 300, time.monotonic() + seconds, done)
     for case in cases:
-        groups.setdefault((case.road, case.name, case.mode), []).append(case)
-    for group in groups.values():
-        crew.add(group)
+        if missing(case):
+            crew.add(case)
     crew.finish()
-    left = [case.id for case in cases if not (case.folder / "manifest.json").is_file()]
+    left = [case.id for case in cases if missing(case)]
     print(f"{len(cases) - len(left)} of {len(cases)} exported")
     return int(bool(left))
 

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from benchmarks import architecture_engines
 from benchmarks.architecture_engines import Case
-from benchmarks.architectures_trt import RESULTS, all_cases, export, run_cases
+from benchmarks.architectures_trt import EXACT, HALF, RESULTS, all_cases, export, run_cases
 from hqmq_trt.engine import builder
 from hqmq_trt.engine.manifest import EngineManifest
 from hqmq_trt.errors import HqmqError
@@ -78,16 +78,17 @@ def _spoil(path: Path) -> None:
     onnx.save(model, path)
 
 
-def cases_of(exports: Path, *names: str, dtype: str = "float32") -> list[Case]:
-    return [Case("hugging-face", name, "fused", dtype, exports) for name in names]
+def cases_of(exports: Path, *names: str, variant: tuple[str, str] = EXACT) -> list[Case]:
+    return [Case("hugging-face", name, "fused", *variant, exports) for name in names]
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exports of one architecture under the names that `simulated` knows."""
     root = tmp_path_factory.mktemp("exports")
-    made = [*cases_of(root, "Qwen2"), *cases_of(root, "Qwen2", dtype="float16")]
-    assert export(made) == {}
+    made = [*cases_of(root, "Qwen2"), *cases_of(root, "Qwen2", variant=HALF)]
+    for case in made:
+        export(case)
     for case in cases_of(root, "crash", "hang", "raise", "memory", "parse", "wrong"):
         shutil.copytree(made[0].folder, case.folder)
     return root
@@ -101,7 +102,7 @@ def run(cases: list[Case], output: Path, **options: Any) -> dict[str, dict[str, 
 def test_every_failure_is_one_line_and_the_rest_goes_on(exports: Path, tmp_path: Path) -> None:
     cases = [
         *cases_of(exports, "crash", "hang", "raise", "memory", "parse", "wrong", "Mamba", "Qwen2"),
-        *cases_of(exports, "Qwen2", dtype="float16"),
+        *cases_of(exports, "Qwen2", variant=HALF),
     ]
     found = run(cases, tmp_path, task_seconds=20)
     assert list(found) == [case.id for case in cases]
@@ -121,12 +122,13 @@ def test_every_failure_is_one_line_and_the_rest_goes_on(exports: Path, tmp_path:
         {"node": "layers.0.top", "operator": "TopK", "text": "is not known"},
         {"node": "layers.1.norm", "operator": "LayerNormalization", "text": "is not known"},
     ]
-    assert by_name["wrong"]["kl"] > 10 * by_name["wrong"]["kl_limit"]
+    assert by_name["wrong"]["logit_error"] > 100 * by_name["wrong"]["limit"]["logit_error"]
     good, half = by_name["Qwen2"], found[cases[-1].id]
     assert (good["outcome"], half["outcome"]) == ("passes", "passes")
-    assert good["kl"] < 1e-9
-    assert good["kl_limit"] == architecture_engines.KL_LIMIT
-    assert half["kl_limit"] >= 4 * half["rounding"] > 0
+    assert good["limit"] == {"logit_error": architecture_engines.LOGIT_LIMIT}
+    assert good["logit_error"] < 1e-6
+    assert half["limit"]["kl"] >= 4 * half["rounding"] > 0
+    assert 0 <= half["kl"] < 1e-6
     assert good["operators"]["HqmqAttention"] == 2
     assert len((tmp_path / RESULTS).read_text().splitlines()) == len(cases)
 
