@@ -20,6 +20,7 @@ from hqmq_trt.errors import HqmqError
 
 from .interface import Interface
 from .layer import Join, Layer, Term
+from .microsoft_nodes import REFUSED
 from .walk import SAME, climb, factor, name, number, reaches, standard, users
 
 _SCORE = frozenset({"Mul", "Div", "Add", "Sub", "Cast", "Tanh", "Where", "Identity", "Concat"})
@@ -50,6 +51,8 @@ def _join(past: ir.Value, interface: Interface) -> Join:
     elif standard(node, "Attention") and past in node.inputs[4:6]:
         role = node.inputs.index(past) - 4
         new, full = node.inputs[1 + role], node.outputs[1 + role] if len(node.outputs) > 1 + role else None
+    elif (reason := node.metadata_props.get(REFUSED)) is not None:
+        raise HqmqError(f"{name(node)}, over cache '{past.name}': {reason}")
     else:
         raise HqmqError(f"cache input '{past.name}' goes into {name(node)}; only Concat and Attention are known there")
     if new is None or full is None:

@@ -15,6 +15,7 @@ from hqmq_trt import contract
 from hqmq_trt.errors import HqmqError
 
 from ..graph import IR_VERSION, OPSET, _quiet
+from . import microsoft
 from .inline import read_light
 
 OPSETS = range(18, 26)
@@ -38,13 +39,18 @@ def read(path: Path) -> ir.Model:
     graph = model.graph
     if any(node.domain == contract.DOMAIN for node in graph):
         raise HqmqError(f"{path}: holds operators of {contract.DOMAIN} already; there is nothing to do")
+    _check_weights(path, model)
+    _check_order(path, model)
+    try:
+        microsoft.write_out(model)
+    except HqmqError as error:
+        raise HqmqError(f"{path}: {error}") from error
     opset = model.opset_imports.get("", 0)
     if opset not in OPSETS:
         raise HqmqError(
             f"{path}: opset {opset or 'none'}; opsets {OPSETS.start} to {OPSETS.stop - 1} are read: export it again"
         )
-    _check_weights(path, model)
-    _check_graph(path, model)
+    _check_valid(path, model)
     try:
         with _quiet():
             common.InlinePass()(model)
@@ -118,7 +124,7 @@ def _check_weights(path: Path, model: ir.Model) -> None:
             raise HqmqError(f"{path}: {file} has several hard links, which ONNX readers refuse: copy it (cp)")
 
 
-def _check_graph(path: Path, model: ir.Model) -> None:
+def _check_order(path: Path, model: ir.Model) -> None:
     """Every value must come from somewhere before it is used; control flow is not read."""
     made = {id(value) for value in (*model.graph.inputs, *model.graph.initializers.values())}
     for node in model.graph:
@@ -137,6 +143,9 @@ def _check_graph(path: Path, model: ir.Model) -> None:
     for value in model.graph.outputs:
         if id(value) not in made:
             raise HqmqError(f"{path}: nothing makes the output '{value.name}'")
+
+
+def _check_valid(path: Path, model: ir.Model) -> None:
     proto = ir.to_proto(_without_weights(model))
     try:
         onnx.checker.check_model(proto)
