@@ -21,7 +21,9 @@ COLD = 3
 MOST_COPIES = 96
 GRAPH_SECONDS = 2e-3
 """A graph holds at least as many launches as take this long, so that its own start does not count."""
-MOST_LAUNCHES = 192
+LEAST_LAUNCHES, MOST_LAUNCHES = 64, 192
+AHEAD_CYCLES = 400_000
+"""The GPU idles for so long before a replay, so that the host has enqueued all of it when the clock starts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def graph_time(steps: Sequence[Step], device: torch.device, replays: int = 9) ->
     if once > 0.05:
         launches, replays = 1, min(replays, 3 if once < 1 else 1)
     else:
-        launches = max(len(steps), min(MOST_LAUNCHES, int(GRAPH_SECONDS / once) + 1, 4096))
+        launches = max(len(steps), min(MOST_LAUNCHES, int(GRAPH_SECONDS / once) + 1))
+        launches = max(launches, LEAST_LAUNCHES if once < 1e-3 else 1)
         launches = -(-launches // len(steps)) * len(steps)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):  # torch.cuda.graph would empty torch's memory pool first, each time
@@ -84,6 +87,7 @@ def graph_time(steps: Sequence[Step], device: torch.device, replays: int = 9) ->
             graph.replay()
         for _ in range(replays):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(AHEAD_CYCLES)
             start.record()
             graph.replay()
             end.record()
