@@ -22,10 +22,11 @@ PACKED, UNPACKED = "hq4@p16", "fp16@p16"
 MAX_BATCH, MAX_CONTEXT, PREFILL_CHUNK = 3, 256, 64
 STEPS = ([64, 41, 3], [30, 1, 0], *([1, 1, 1],) * 32)
 """Tokens that each sequence gets in each call: a prefill as wide as the engine takes, a chunk, 32 single tokens."""
-LOGIT_LIMIT = 3e-4
-"""Of a logit in float32 with the unpacked cache, where only the order of sums differs, and here and there a K or V that
-falls to the other side when it is rounded to float16. Attention with a scale wrong by a fifth differs by more in every
-architecture (by 1.6e-3 at least)."""
+LOGIT_LIMIT = {"hugging-face": 3e-4, "onnx": 5e-3}
+"""Largest difference of a logit in float32 with the unpacked cache, by road. Only the order of sums differs, and here
+and there a K or V falls to the other side when it is rounded to float16, which moves a logit by up to 1e-4 in
+tests/architectures.py and more in tests/rewrite_cases.py, whose weights are larger. A scale wrong by 5 % in one layer
+moves logits by at least 6.4e-4 and 7e-2."""
 KL_LIMIT = 1e-4
 """Mean KL in float32 with the packed cache, where a K or V that rounds otherwise may also get another code: as for
 ONNX Runtime beside PyTorch (docs/models.md). These models are so small that a wrong scale may pass; a wrong code table
@@ -114,15 +115,19 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
+_KEPT: list[Any] = []
+
+
 def prepare() -> None:
-    """Load TensorRT, its builder and the plugin library, which takes most of a small build's time."""
+    """Load TensorRT, its builder and the plugin library, which takes most of a small build's time. The builder lives as
+    long as the process, so that what it loaded stays."""
     from hqmq_trt.engine.plugin_library import load_plugin_library
     from hqmq_trt.engine.versions import check_tensorrt
     from hqmq_trt.runtime.trt_engine import trt_log
 
     trt = check_tensorrt()
     load_plugin_library(trt_log())
-    trt.Builder(trt_log())
+    _KEPT.append(trt.Builder(trt_log()))
 
 
 def examine(task: tuple[Case, dict[str, Any]]) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def _compare(wanted: NDArray[np.float32], found: NDArray[np.float32], result: di
     if result["dtype"] != "float32":
         limit = max(HALF_LIMIT, HALF_FACTOR * result["rounding"])
     elif result["scheme"] == UNPACKED:
-        measure, limit = "logit_error", LOGIT_LIMIT
+        measure, limit = "logit_error", LOGIT_LIMIT[result["road"]]
     result["limit"] = {measure: limit}
     if result["spread"] < LEAST_SPREAD:
         raise HqmqError(f"the logits spread by {result['spread']:.2g} only, which would hide mistakes")

@@ -125,7 +125,7 @@ def test_every_failure_is_one_line_and_the_rest_goes_on(exports: Path, tmp_path:
     assert by_name["wrong"]["logit_error"] > 100 * by_name["wrong"]["limit"]["logit_error"]
     good, half = by_name["Qwen2"], found[cases[-1].id]
     assert (good["outcome"], half["outcome"]) == ("passes", "passes")
-    assert good["limit"] == {"logit_error": architecture_engines.LOGIT_LIMIT}
+    assert good["limit"] == {"logit_error": architecture_engines.LOGIT_LIMIT["hugging-face"]}
     assert good["logit_error"] < 1e-6
     assert half["limit"]["kl"] >= 4 * half["rounding"] > 0
     assert 0 <= half["kl"] < 1e-6
