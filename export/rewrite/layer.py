@@ -48,6 +48,7 @@ class Layer:
         window: tokens a query sees; 0: all (known once the mask was evaluated).
         padding: whether attention_mask hides columns.
         reach: tokens over which the mask was looked at.
+        chunks: whether the original takes several new rows after others.
     """
 
     index: int
@@ -68,3 +69,4 @@ class Layer:
     window: int = 0
     padding: bool = False
     reach: int = 0
+    chunks: bool = True

@@ -29,11 +29,13 @@ _MEASURED = (64, 128)
 
 @dataclass(frozen=True)
 class Mask:
-    """`window`: tokens a query sees, 0: all. `padding`: attention_mask hides columns. `reach`: tokens looked at."""
+    """`window`: tokens a query sees, 0: all. `padding`: attention_mask hides columns. `reach`: tokens looked at.
+    `chunks`: there is a mask for several new rows after others; without one, prompts and single rows are looked at."""
 
     window: int
     padding: bool
     reach: int
+    chunks: bool = True
 
 
 def classify(model: ir.Model, interface: Interface, layer: Layer, reach: int) -> Mask:
@@ -50,20 +52,31 @@ def classify(model: ir.Model, interface: Interface, layer: Layer, reach: int) ->
     part = Part(model, interface, [term.value for term in layer.terms])
     if interface.ids.name in part.given:
         raise HqmqError(f"{where}: depends on the tokens themselves, not only on how many there are")
-    far, reach = _far(part, layer, reach, where)
+    chunks = _takes_chunks(part)
+    rows_far = 2 if chunks else 1
+    far, reach = _far(part, layer, reach, where, rows_far)
     seen = far[0, 0]
     width = int(seen.sum())
-    window = 0 if width == reach - 1 else width
-    sizes = [(2, 3, 5), (1, 1, 9), (3, 12, 0), (2, 1, 1)]
+    window = 0 if width == reach - rows_far + 1 else width
+    sizes = [(2, 3 if chunks else 1, 5), (1, 1, 9), (3, 12, 0), (2, 1, 1)]
     if window:
-        sizes += [(1, 3, max(window - 2, 0)), (1, 1, window)]
+        sizes += [(1, 3, max(window - 2, 0)) if chunks else (1, window + 3, 0), (1, 1, window)]
     for batch, rows, past in sizes:
         case = Case(batch, rows, past)
         if not np.array_equal(_visible(part, layer, case, where), expected(case, window)):
             raise HqmqError(f"{where}: is neither causal nor a sliding window, as {past} + {rows} tokens show")
-    if not np.array_equal(far, expected(Case(1, 2, reach - 2), window)):
+    if not np.array_equal(far, expected(Case(1, rows_far, reach - rows_far), window)):
         raise HqmqError(f"{where}: is neither causal nor a sliding window, as {reach} tokens show")
-    return Mask(window, _padding(part, layer, window, where), reach)
+    return Mask(window, _padding(part, layer, window, where, chunks), reach, chunks)
+
+
+def _takes_chunks(part: Part) -> bool:
+    """Whether the mask can be made for several new rows after others (that of GenAI's MultiHeadAttention cannot)."""
+    try:
+        part.run(Case(1, 3, 5))
+    except HqmqError:
+        return False
+    return True
 
 
 def expected(case: Case, window: int, padding: bool = False) -> NDArray[np.bool_]:
@@ -77,12 +90,12 @@ def expected(case: Case, window: int, padding: bool = False) -> NDArray[np.bool_
     return full & (case.mask[:, None] != 0) if padding else full
 
 
-def _far(part: Part, layer: Layer, reach: int, where: str) -> tuple[NDArray[np.bool_], int]:
-    """The mask of two rows after as many tokens as can be."""
-    reach = _affordable(part, reach)
+def _far(part: Part, layer: Layer, reach: int, where: str, rows: int) -> tuple[NDArray[np.bool_], int]:
+    """The mask of one or two rows after as many tokens as can be."""
+    reach = _affordable(part, reach, rows)
     problem: HqmqError | None = None
     while reach >= 64:
-        case = Case(1, 2, reach - 2)
+        case = Case(1, rows, reach - rows)
         try:
             return _visible(part, layer, case, where), reach
         except HqmqError as error:  # a table of masks or positions ends somewhere
@@ -90,10 +103,10 @@ def _far(part: Part, layer: Layer, reach: int, where: str) -> tuple[NDArray[np.b
     raise problem or HqmqError(f"{where}: serves fewer than 64 tokens")
 
 
-def _affordable(part: Part, reach: int) -> int:
+def _affordable(part: Part, reach: int, rows: int) -> int:
     """Tokens, at most `reach`, at which no value of the mask's part grows beyond _BYTES. (Some masks are made from
     tokens x tokens elements.)"""
-    small, large = (part.sizes(Case(1, 2, tokens - 2)) for tokens in _MEASURED)
+    small, large = (part.sizes(Case(1, rows, tokens - rows)) for tokens in _MEASURED)
     while reach > _MEASURED[1]:
         times = math.log(reach / _MEASURED[1], _MEASURED[1] / _MEASURED[0])
         if all(b * (b / max(a, 1)) ** times <= _BYTES for a, b in zip(small, large, strict=True)):
@@ -129,9 +142,14 @@ def _fitting(keep: NDArray[np.bool_], shape: Sequence[int], where: str) -> NDArr
     return keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
 
 
-def _padding(part: Part, layer: Layer, window: int, where: str) -> bool:
+def _padding(part: Part, layer: Layer, window: int, where: str, chunks: bool) -> bool:
     """Whether attention_mask hides columns, beside the causal mask, from rows of real tokens."""
-    cases = [Case(2, 3, 5, ((0, 1), ())), Case(2, 6, 0, ((), (4, 5))), Case(2, 2, 6, ((0,), (3, 4)))]
+    rows = (3, 2) if chunks else (1, 1)
+    cases = [
+        Case(2, rows[0], 8 - rows[0], ((0, 1), ())),
+        Case(2, 6, 0, ((), (4, 5))),
+        Case(2, rows[1], 8 - rows[1], ((0,), (3, 4))),
+    ]
     answers = []
     for case in cases:
         seen = _visible(part, layer, case, where)

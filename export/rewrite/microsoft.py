@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 
 from hqmq_trt.errors import HqmqError
 
-from ..graph import OPSET
+from ..graph import OPSET, _quiet
 from .evaluate import Case, Part
 from .interface import FLOATS, Interface, find_interface
 from .microsoft_group import GROUP, group_sizes
@@ -24,7 +24,7 @@ from .microsoft_nodes import REFUSED, Context, Rule, given
 from .microsoft_norms import NORMS
 from .microsoft_rotary import ROTARY
 from .microsoft_trial import apply, try_rule
-from .microsoft_weights import WEIGHTS
+from .microsoft_weights import WEIGHTS, reshape_tables
 from .walk import climb, name, standard
 
 DOMAIN = "com.microsoft"
@@ -55,10 +55,13 @@ def write_out(model: ir.Model) -> None:
     if not any(_foreign(node) for node in graph):
         return
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    with _quiet():
+        common.ShapeInferencePass()(model)  # of what makes masks and lengths; a file need not say it
     for index, node in enumerate(graph):
         node.name = node.name or f"{node.op_type}.{index}"
         node.metadata_props.pop(REFUSED, None)
     _raise_opset(model)
+    reshape_tables(graph)
     _name_sizes(graph)
     face = find_interface(graph)
     context = Context(graph, face.ids)

@@ -163,11 +163,26 @@ def width(value: ir.Value | None, depth: int = 8) -> int | None:
         return node.attributes.get_int("N", 0) or None
     if standard(node, "MatMul"):
         return width(node.inputs[1], depth - 1)
+    if standard(node, "Split"):
+        sizes = None if len(node.inputs) < 2 or node.inputs[1] is None else node.inputs[1].const_value
+        place = next(i for i, output in enumerate(node.outputs) if output is value)
+        return None if sizes is None else int(sizes.numpy().reshape(-1)[place])
     if standard(node, "Add", "Mul"):
         return next((w for w in (width(v, depth - 1) for v in node.inputs) if w and w > 1), None)
     if node.op_type in ("RotaryEmbedding", "Cast", "Identity", "SimplifiedLayerNormalization"):
         return width(node.inputs[0], depth - 1)
     return None
+
+
+def shape_of(value: ir.Value) -> ir.Shape | None:
+    """The shape of a value, where the file does not say it: that above a Cast; hidden states of a known width."""
+    if value.shape is not None:
+        return value.shape
+    node = value.producer()
+    if standard(node, "Cast", "Identity") and node is not None and node.inputs[0] is not None:
+        return shape_of(node.inputs[0])
+    features = width(value)
+    return None if features is None else ir.Shape([None, None, features])
 
 
 def draw(rng: np.random.Generator, *shape: int) -> Array:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 
-from .microsoft_nodes import Context, Feed, Rule, Trial, take_over, wanted
+from .microsoft_nodes import Context, Feed, Rule, Trial, shape_of, take_over, wanted
 
 _TOLERANCE = {ir.DataType.FLOAT16: 1e-2}
 _SINGLE = ir.DataType.FLOAT
@@ -35,9 +35,9 @@ class _Alone:
                 continue
             dtype = value.dtype if value.dtype is not None else _type_beside(node)
             dtype = _SINGLE if dtype == ir.DataType.BFLOAT16 else dtype
-            mine = ir.Value(name=f"in{place}", shape=value.shape, type=ir.TensorType(dtype))
+            mine = ir.Value(name=f"in{place}", shape=shape_of(value), type=ir.TensorType(dtype))
             if value.const_value is not None:
-                array = value.const_value.numpy()
+                array = np.array(value.const_value.numpy())  # a copy: views keep files of weights open
                 widened = value.const_value.dtype == ir.DataType.BFLOAT16
                 mine.const_value = ir.tensor(
                     array.astype(np.float32) if widened else array,

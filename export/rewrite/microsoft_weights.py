@@ -11,6 +11,7 @@ Weights are made one at a time when the file is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from hqmq_trt.errors import HqmqError
 from .building import Builder, initialiser
 from .interface import FLOATS
 from .microsoft_nodes import Context, Rule, Trial, draw, given, need
+from .walk import standard
 
 Array = NDArray[Any]
 _BLOCKED_OPSET = 21
@@ -141,6 +143,32 @@ def _multiply_trials(node: ir.Node, rng: np.random.Generator) -> Sequence[Trial]
     size = min(1.0, 8 / matrix.columns**0.5)
     shape = (*(1, 1, 2, 3)[-rank + 1 :], matrix.columns)
     return [Trial({0: draw(rng, *shape) * size, 5: draw(rng, matrix.rows)})]
+
+
+def reshape_tables(graph: ir.Graph) -> None:
+    """Reshape the constant tables of GatherBlockQuantized beforehand (they share the weights of MatMulNBits)."""
+    for node in graph:
+        table = given(node, 0) if node.op_type == "GatherBlockQuantized" else None
+        maker = None if table is None else table.producer()
+        if table is None or maker is None or not standard(maker, "Reshape"):
+            continue
+        source, shape = (value.const_value if value is not None else None for value in maker.inputs[:2])
+        if source is None or shape is None:
+            continue
+        sizes = [int(size) for size in shape.numpy()]
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = -source.size // int(np.prod(sizes))
+        if 0 in sizes or int(np.prod(sizes)) != source.size:
+            continue
+        name = f"{maker.name}.table"
+        lazy = ir.LazyTensor(
+            partial(_reshaped, source, tuple(sizes), name), source.dtype, ir.Shape(sizes), name=name
+        )
+        node.replace_input_with(0, initialiser(graph, name, lazy))
+
+
+def _reshaped(source: ir.TensorProtocol, shape: tuple[int, ...], name: str) -> ir.Tensor:
+    return ir.tensor(source.numpy().reshape(shape), name=name)
 
 
 def _gather(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:

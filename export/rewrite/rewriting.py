@@ -87,12 +87,18 @@ def analyse(path: str | Path) -> Analysis:
     for layer in found:
         try:
             mask = masks.classify(model, interface, layer, beside.max_position or masks.REACH)
-            known = replace(layer, window=mask.window, padding=mask.padding, reach=mask.reach)
+            known = replace(layer, window=mask.window, padding=mask.padding, reach=mask.reach, chunks=mask.chunks)
             verify(model, interface, known)
             layers.append(known)
         except HqmqError as error:
             problems.append(str(error))
     return Analysis(model, interface, layers, problems, beside)
+
+
+def _usual(layer: Layer) -> float:
+    """The scale; head_dim ** -0.5 where it is that but for float32: some exporters give q and K its root each."""
+    usual = float(layer.head_dim**-0.5)
+    return usual if abs(layer.scale / usual - 1) < 2.0**-22 else layer.scale
 
 
 def _know(interface: Interface, layer: Layer) -> None:

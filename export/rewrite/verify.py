@@ -50,9 +50,10 @@ def verify(model: ir.Model, interface: Interface, layer: Layer) -> None:
 
 
 def _cases(layer: Layer) -> Sequence[Case]:
-    cases = [Case(2, 3, 5), Case(1, 1, 9), Case(3, 7, 0)]
+    rows = 3 if layer.chunks else 1
+    cases = [Case(2, rows, 5), Case(1, 1, 9), Case(3, 7, 0)]
     if 0 < layer.window <= 64:
-        cases.append(Case(1, 3, layer.window + 1))
+        cases.append(Case(1, rows, layer.window + 1))
     return cases
 
 
