@@ -341,16 +341,13 @@ def sample(engine: str, build: str, cmake: list[str], prompt: str, count: int) -
     from hqmq_trt.engine.plugin_library import find_plugin_library
     from hqmq_trt.manifest import Manifest
     from hqmq_trt.runtime.tokenizer import Tokenizer
-    from hqmq_trt.runtime.trt_engine import tensorrt
+    from hqmq_trt.runtime.trt_engine import tensorrt_library
     from hqmq_trt.runtime.trt_session import TrtSession
 
     ids = list(Tokenizer(Path(engine), Manifest.load(engine)).encode(prompt))
     with TrtSession(engine, max_batch=1) as session:
         wanted, _ = follow(lambda tokens: session.append([list(tokens)])[0], ids, count)
-    tensorrt()
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8").split()
-    library = next(path for path in maps if Path(path).name.startswith("libnvinfer.so"))
-    configure = ["cmake", "-S", "samples/cpp", "-B", build, f"-DTensorRT_LIBRARY={library}", *cmake]
+    configure = ["cmake", "-S", "samples/cpp", "-B", build, f"-DTensorRT_LIBRARY={tensorrt_library()}", *cmake]
     for command in (configure, ["cmake", "--build", build]):
         subprocess.run(command, check=True, stdout=sys.stderr)
     program = [f"{build}/hqmq_decode", engine, str(find_plugin_library()), "-n", str(count)]

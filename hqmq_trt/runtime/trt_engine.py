@@ -33,6 +33,20 @@ def tensorrt() -> Any:
     return trt
 
 
+def tensorrt_library() -> Path:
+    """The libnvinfer that `tensorrt` has loaded: what other programs link to run this machine's engines.
+
+    Raises:
+        HqmqError: as `tensorrt`; or no such file is mapped.
+    """
+    tensorrt()
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        path = Path(line.split(maxsplit=5)[-1])
+        if path.name.startswith("libnvinfer.so"):
+            return path
+    raise HqmqError("TensorRT is loaded, but no file libnvinfer.so is mapped")
+
+
 @lru_cache(maxsize=1)
 def trt_log() -> Any:
     """TensorRT's logger, one a process, as TensorRT keeps the first it gets. Errors are kept for `take_errors`;

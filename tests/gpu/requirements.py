@@ -8,6 +8,9 @@ import torch
 
 from hqmq_trt.errors import HqmqError
 
+QUICK = 1
+"""TensorRT's optimisation level for engines of tests: what they compute is tried, not how fast."""
+
 
 def missing(*packages: str) -> str:
     """Why tests that need a GPU, these Python packages and the plugin library cannot run here; empty if they can."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest, record_file
-from tests.gpu.requirements import missing
+from tests.gpu.requirements import QUICK, missing
 
 PROMPT, STEPS = 40, 6
 CONTEXT = 96
@@ -39,7 +39,7 @@ def build(tmp_path: Path, cache: Path) -> Build:
 
     def made(model: Path, name: str = "engine", **options: Any) -> Path:
         limits = {"max_batch": 2, "max_context": CONTEXT, "prefill_chunk": 32, "timing_cache": cache}
-        build_engine(model, tmp_path / name, **{**limits, **options})
+        build_engine(model, tmp_path / name, **{**limits, "optimization_level": QUICK, **options})
         return tmp_path / name
 
     return made

@@ -13,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime.tokenizer import Tokenizer
-from tests.gpu.requirements import missing
+from tests.gpu.requirements import QUICK, missing
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 PROMPT = "".join(chr(97 + (i * i * 7 + i * 3) % 26) for i in range(150))  # the tiny model repeats itself after prose
@@ -36,8 +37,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(named)
     if shutil.which("cmake") is None:
         pytest.skip("no cmake, and HQMQ_SAMPLE_DECODE names no program")
+    from hqmq_trt.runtime.trt_engine import tensorrt_library
+
     folder = tmp_path_factory.mktemp("sample")
-    for command in (["-S", str(SAMPLES / "cpp"), "-B", str(folder), "-DHQMQ_WERROR=ON"], ["--build", str(folder)]):
+    options = ["-DHQMQ_WERROR=ON", f"-DTensorRT_LIBRARY={tensorrt_library()}"]
+    for command in (["-S", str(SAMPLES / "cpp"), "-B", str(folder), *options], ["--build", str(folder)]):
         done = subprocess.run(["cmake", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "hqmq_decode"
@@ -52,7 +56,8 @@ def engine(
 
     folder = tmp_path_factory.mktemp("samples")
     export_model(str(tiny_model("llama")), folder / "model", "hq4@p16", dtype=request.param)
-    build_engine(folder / "model", folder / "engine", max_batch=2, max_context=CONTEXT, prefill_chunk=CHUNK)
+    limits: dict[str, Any] = {"max_batch": 2, "max_context": CONTEXT, "prefill_chunk": CHUNK}
+    build_engine(folder / "model", folder / "engine", **limits, optimization_level=QUICK)
     return folder / "engine"
 
 

@@ -14,7 +14,7 @@ from hqmq_trt.diff import DiffResult, compare, greedy
 from hqmq_trt.runtime import TrtSession
 from hqmq_trt.scheme import ROLES
 from tests.gpu.device_memory import lost_each_round
-from tests.gpu.requirements import missing
+from tests.gpu.requirements import QUICK, missing
 from tests.trt_session_cases import text
 
 CONTEXT, CHUNK, TOKENS, STEPS = 512, 64, 150, 64
@@ -46,7 +46,8 @@ def case(
     folder = tmp_path_factory.mktemp("diff")
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=getattr(torch, dtype)).eval()
     export_model(model, folder / "model", scheme, mode=mode)
-    build_engine(folder / "model", folder / "engine", max_batch=2, max_context=CONTEXT, prefill_chunk=CHUNK)
+    limits: dict[str, Any] = {"max_batch": 2, "max_context": CONTEXT, "prefill_chunk": CHUNK}
+    build_engine(folder / "model", folder / "engine", **limits, optimization_level=QUICK)
     return dtype, model.cuda(), folder / "model", folder / "engine"
 
 
@@ -60,8 +61,10 @@ def test_logits(case: tuple[str, Any, Path, Path], result: DiffResult) -> None:
     found = result.runtimes["tensorrt"].logits
     assert result.decode_steps == STEPS
     assert len(found["pinned"].kl) == TOKENS + STEPS
-    # From the same bytes only rounding is left: of float32 sums, or of fp16 activations.
-    assert found["pinned"].mean_kl < (1e-6 if case[0] == "float32" else 1e-5)
+    # From the same bytes only rounding is left: of float32 sums, or of fp16 activations. In qdq mode the page that a
+    # step fills is read back from its codes at once, and a sum that rounds otherwise may have changed one of them.
+    exact = case[0] == "float32" and result.manifest.mode == "fused"
+    assert found["pinned"].mean_kl < (1e-6 if exact else 1e-5)
     assert found["pinned"].top1 > 0.98
     assert result.direct is not None
     assert result.direct.logits.mean_kl < max(10 * found["same"].mean_kl, 1e-5)

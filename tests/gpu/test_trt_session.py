@@ -16,7 +16,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.runtime import OrtSession, TrtSession
 from tests.conftest import VOCABULARY, tiny_config
 from tests.gpu.device_memory import lost_each_round
-from tests.gpu.requirements import missing
+from tests.gpu.requirements import QUICK, missing
 from tests.trt_session_cases import (
     MAX_BATCH,
     MAX_CONTEXT,
@@ -43,7 +43,12 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 
         if export not in made:
             folder = tmp_path_factory.mktemp("engine") / "engine"
-            build_engine(export, folder, max_batch=MAX_BATCH, max_context=MAX_CONTEXT, prefill_chunk=PREFILL_CHUNK)
+            limits: dict[str, Any] = {
+                "max_batch": MAX_BATCH,
+                "max_context": MAX_CONTEXT,
+                "prefill_chunk": PREFILL_CHUNK,
+            }
+            build_engine(export, folder, **limits, optimization_level=QUICK)
             made[export] = folder
         return made[export]
 
