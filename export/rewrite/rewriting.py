@@ -87,7 +87,14 @@ def analyse(path: str | Path) -> Analysis:
     for layer in found:
         try:
             mask = masks.classify(model, interface, layer, beside.max_position or masks.REACH)
-            known = replace(layer, window=mask.window, padding=mask.padding, reach=mask.reach, chunks=mask.chunks)
+            known = replace(
+                layer,
+                scale=_usual(layer),
+                window=mask.window,
+                padding=mask.padding,
+                reach=mask.reach,
+                chunks=mask.chunks,
+            )
             verify(model, interface, known)
             layers.append(known)
         except HqmqError as error:
