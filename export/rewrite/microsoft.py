@@ -36,13 +36,20 @@ _DEFAULT_DOMAIN = frozenset({"SimplifiedLayerNormalization"})
 """Operators that ONNX Runtime has in the default domain without being of the standard."""
 _CASES = (Case(2, 3, 5), Case(3, 4, 7), Case(2, 5, 0), Case(5, 1, 11))
 _FIRST_OPSET = 14
+# fmt: off
 _SAME = frozenset(
-    "Abs Add And Cast CastLike Ceil Clip Concat Constant ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten "
-    "Floor Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual "
-    "Log MatMul Max Min Mod Mul Neg Not Or Pow Range Reciprocal ReduceSum Relu Reshape Shape Sigmoid Sin Size Slice "
-    "Softmax Sqrt Squeeze Sub Tanh Tile TopK Transpose Trilu Unsqueeze Where".split()
+    {
+        "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant", "ConstantOfShape", "Cos",
+        "CumSum", "Div", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "GatherElements",
+        "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "LayerNormalization", "Less",
+        "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Range",
+        "Reciprocal", "ReduceSum", "Relu", "Reshape", "Shape", "Sigmoid", "Sin", "Size", "Slice", "Softmax",
+        "Sqrt", "Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where",
+    }
 )
-"""Operators that mean the same from opset 14 on: later versions added types, or attributes whose default is what was."""
+# fmt: on
+"""Operators that mean the same from opset 14 on: later versions added types, or attributes that change nothing if they
+are left out."""
 
 
 def write_out(model: ir.Model) -> None:
@@ -55,6 +62,9 @@ def write_out(model: ir.Model) -> None:
     if not any(_foreign(node) for node in graph):
         return
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for node in graph:
+        for value in node.outputs:
+            _forget_names(value)
     with _quiet():
         common.ShapeInferencePass()(model)  # of what makes masks and lengths; a file need not say it
     for index, node in enumerate(graph):
@@ -81,6 +91,12 @@ def write_out(model: ir.Model) -> None:
             node.metadata_props[REFUSED] = str(error)
 
 
+def _forget_names(value: ir.Value) -> None:
+    """Sizes that only have a name are inferred anew: the builder gives keys of all tokens the name of new rows."""
+    if value.shape is not None and not value.is_graph_output():
+        value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in value.shape])
+
+
 def _foreign(node: ir.Node) -> bool:
     return node.domain == DOMAIN or (not node.domain and node.op_type in _DEFAULT_DOMAIN)
 
@@ -98,7 +114,7 @@ def _rule(node: ir.Node) -> Rule:
             raise HqmqError(f"its attribute {label} = {value} is not supported")
     for place in range(rule.inputs, len(node.inputs)):
         if given(node, place) is not None:
-            raise HqmqError(f"its input {place} ('{node.inputs[place].name}') is not known")  # type: ignore[union-attr]
+            raise HqmqError(f"its input {place} ('{node.inputs[place].name}') is not known")
     return rule
 
 
@@ -172,7 +188,9 @@ def _name_sizes(graph: ir.Graph) -> None:
             if past is None or past.shape is None or len(past.shape) != 4:
                 continue
             if past.dtype not in FLOATS:
-                raise HqmqError(f"{name(node)}: its cache '{past.name}' is quantised; export the model with a plain one")
+                raise HqmqError(
+                    f"{name(node)}: its cache '{past.name}' is quantised; export the model with a plain one"
+                )
             symbolic = not all(isinstance(past.shape[axis], int) for axis in (1, 3))
             try:
                 heads, dim = group_sizes(node)[1:] if group else multi_sizes(node)
@@ -221,5 +239,3 @@ def _unchanged(node: ir.Node, opset: int) -> bool:
             node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
         return True
     return bool(old.since_version == new.since_version)
-
-

@@ -51,15 +51,19 @@ def _group(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
     x.type = x.type or ir.TensorType(dtype)
     if given(node, 1) is None:
         both = split_heads(build, x, heads + 2 * kv_heads, dim)
-        ends = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
+        ends = (heads, heads + kv_heads, heads + 2 * kv_heads)
         q, k, v = (
-            build.op("Slice", both, build.ints(a), build.ints(b), build.ints(1))
-            for a, b in zip(ends, ends[1:], strict=False)
+            build.op("Slice", both, build.ints(first), build.ints(end), build.ints(1))
+            for first, end in zip((0, *ends[:2]), ends, strict=True)
         )
     else:
         key, value = need(node, 1, "key"), need(node, 2, "value (while it has a key)")
         key.type, value.type = key.type or x.type, value.type or x.type
-        q, k, v = split_heads(build, x, heads, dim), split_heads(build, key, kv_heads, dim), split_heads(build, value, kv_heads, dim)
+        q, k, v = (
+            split_heads(build, x, heads, dim),
+            split_heads(build, key, kv_heads, dim),
+            split_heads(build, value, kv_heads, dim),
+        )
     if given(node, 14) is not None:
         common = node.attributes.get_float("qk_norm_epsilon", 1e-6)
         for place, name in ((14, "q_norm_epsilon"), (15, "k_norm_epsilon")):

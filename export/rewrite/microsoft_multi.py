@@ -152,11 +152,28 @@ def _multi_trials(node: ir.Node, rng: np.random.Generator) -> Sequence[Trial]:
     return trials
 
 
+def _multi_stand_in(context: Context, node: ir.Node) -> bool:
+    """q, K and V apart: what packed ones hold by their documented layout, which CPU kernels do not take."""
+    form = _form(node)
+    if form == "separate":
+        return False
+    heads, dim = multi_sizes(node)
+    build = Builder(context.graph, node, "stand_in")
+    packed = need(node, 0 if form == "qkv" else 1, "query")
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    for part, place in enumerate(range(3) if form == "qkv" else (1, 2)):
+        chosen = build.op("Gather", packed, build.int(part), axis=3)
+        node.replace_input_with(place, build.op("Reshape", chosen, build.ints(0, 0, heads * dim)))
+    return True
+
+
 MULTI = {
     "MultiHeadAttention": Rule(
         _multi,
         _multi_trials,
         {"num_heads": None, "scale": None, "unidirectional": (0, 1), "mask_filter_value": None},
         10,
+        stand_in=_multi_stand_in,
     ),
 }

@@ -117,9 +117,7 @@ def _gelu_trials(node: ir.Node, rng: np.random.Generator) -> Sequence[Trial]:
 
 _EPSILON = {"epsilon": None}
 NORMS = {
-    "SimplifiedLayerNormalization": Rule(
-        _simplified, _norm_trials, {**_EPSILON, "axis": None, "stash_type": (1,)}, 2
-    ),
+    "SimplifiedLayerNormalization": Rule(_simplified, _norm_trials, {**_EPSILON, "axis": None, "stash_type": (1,)}, 2),
     "SkipSimplifiedLayerNormalization": Rule(_skip, _norm_trials, _EPSILON, 4),
     "SkipLayerNormalization": Rule(_skip, _norm_trials, _EPSILON, 5),
     "Gelu": Rule(_gelu, _gelu_trials, {}, 1),

@@ -68,13 +68,13 @@ class _Blocks:
 
     def dense(self) -> Array:
         """float32 [N, K]."""
-        wide = [np.repeat(x.astype(np.float32), self.block, 1)[:, : self.columns] for x in (self.zeros(), self.scales())]
+        wide = [
+            np.repeat(x.astype(np.float32), self.block, 1)[:, : self.columns] for x in (self.zeros(), self.scales())
+        ]
         return np.asarray((self.codes().astype(np.float32) - wide[0]) * wide[1])
 
 
-def _lazy(
-    context: Context, name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], Array]
-) -> ir.Value:
+def _lazy(context: Context, name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], Array]) -> ir.Value:
     """An initialiser that is computed when it is needed."""
 
     def tensor() -> ir.Tensor:
@@ -116,7 +116,7 @@ def _matrix(node: ir.Node) -> _Blocks:
 def _multiply(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
     matrix = _matrix(node)
     x, scales = need(node, 0, "A"), need(node, 2, "scales")
-    dtype = scales.const_value.dtype  # type: ignore[union-attr]
+    dtype = scales.const_value.dtype
     build = Builder(context.graph, node, str(node.name))
     x.type = x.type or ir.TensorType(dtype)
     name = str(need(node, 1, "B").name)
@@ -161,9 +161,7 @@ def reshape_tables(graph: ir.Graph) -> None:
         if 0 in sizes or int(np.prod(sizes)) != source.size:
             continue
         name = f"{maker.name}.table"
-        lazy = ir.LazyTensor(
-            partial(_reshaped, source, tuple(sizes), name), source.dtype, ir.Shape(sizes), name=name
-        )
+        lazy = ir.LazyTensor(partial(_reshaped, source, tuple(sizes), name), source.dtype, ir.Shape(sizes), name=name)
         node.replace_input_with(0, initialiser(graph, name, lazy))
 
 
@@ -173,7 +171,7 @@ def _reshaped(source: ir.TensorProtocol, shape: tuple[int, ...], name: str) -> i
 
 def _gather(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
     matrix, indices, scales = _table(node), need(node, 1, "indices"), need(node, 2, "scales")
-    dtype = scales.const_value.dtype  # type: ignore[union-attr]
+    dtype = scales.const_value.dtype
     build = Builder(context.graph, node, str(node.name))
     name = f"{need(node, 0, 'data').name}.table"
     table = _lazy(context, name, (matrix.rows, matrix.columns), dtype, matrix.dense)
