@@ -138,8 +138,13 @@ def tokens() -> Any:
     return np.random.default_rng(5).integers(3, 97, (3, int(np.sum(LENGTHS, 0).max())))
 
 
-def run_rewritten(folder: Path, lengths: Any = LENGTHS) -> list[Tensor]:
-    """Logits [tokens, V] of each of three sequences, fed together, right-padded."""
+Held = dict[str, np.ndarray]
+"""What a cache holds: by ``{layer}.{role}``, rows [B, H, P, D]."""
+
+
+def run_rewritten(folder: Path, lengths: Any = LENGTHS, kept: list[Held] | None = None) -> list[Tensor]:
+    """Logits [tokens, V] of each of three sequences, fed together, right-padded. `kept`: gets what the cache of
+    scheme fp16 holds after each step."""
     manifest = Manifest.load(folder, hashes=True)
     session = ort_library.session(folder / manifest.model_file, threads=1)
     names = [value.name for value in session.get_outputs()]
@@ -155,19 +160,57 @@ def run_rewritten(folder: Path, lengths: Any = LENGTHS) -> list[Tensor]:
         found = dict(zip(names, session.run(None, feed), strict=True))
         length, logits = found.pop("present_length"), found.pop("logits")
         cache = {name.replace("present", "past", 1): value for name, value in found.items()}
+        if kept is not None:
+            kept.append({name: dense(cache, name, length, manifest.scheme) for name in CACHES})
         for b, count in enumerate(new):
             rows[b].append(torch.from_numpy(logits[b, :count].astype(np.float32)))
     return [torch.cat(parts) for parts in rows]
 
 
+def dense(cache: Held, name: str, length: np.ndarray, scheme: str) -> np.ndarray:
+    """Rows of one cache of scheme fp16, float32 [B, H, P, D]."""
+    tensors = [torch.from_numpy(cache[f"past.{name}.{part}"]) for part in ("codes", "tail")]
+    role = name.split(".")[1]
+    rows = torch.ops.hqmq.dequantize(torch.from_numpy(length), [], tensors, scheme, role, torch.float32)
+    return np.asarray(rows.numpy())
+
+
+def run_held(model: onnx.ModelProto, kept: list[Held], lengths: Any = LENGTHS) -> tuple[list[Tensor], float]:
+    """The original, each sequence on its own, over the K and V that another run kept, new ones included.
+
+    Returns:
+        Its logits [tokens, V] of each sequence, and by how many half steps of float16 the K and V that it would have
+        kept itself differ at most: rounding makes 1.
+    """
+    session = open_original(hold_cache(model))
+    outputs, given = [v.name for v in session.get_outputs()], {v.name for v in session.get_inputs()}
+    ids, result, worst = tokens(), [], 0.0
+    for b in range(3):
+        done, rows = 0, []
+        for step, new in enumerate(lengths):
+            if not (count := new[b]):
+                continue
+            feed = {"input_ids": ids[b : b + 1, done : done + count], "attention_mask": np.ones((1, done + count), int)}
+            feed["position_ids"] = np.arange(done, done + count)[None]
+            for name in CACHES:
+                held = kept[step][name][b : b + 1]
+                feed[f"past_key_values.{name}"] = held[:, :, :done]
+                feed[f"held.past_key_values.{name}"] = held[:, :, done : done + count]
+            found = dict(zip(outputs, session.run(None, {k: v for k, v in feed.items() if k in given}), strict=True))
+            rows.append(torch.from_numpy(found["logits"][0]))
+            for name in CACHES:
+                own, held = found[f"own.past_key_values.{name}"], feed[f"held.past_key_values.{name}"]
+                half = np.maximum(np.spacing(np.abs(held).astype(np.float16)).astype(np.float32) / 2, 1e-5)
+                worst = max(worst, float((np.abs(own - held) / half).max()))
+            done += count
+        result.append(torch.cat(rows))
+    return result, worst
+
+
 def run_original(model: onnx.ModelProto, lengths: Any = LENGTHS, rounded: bool = True) -> list[Tensor]:
     """The same, each sequence on its own with the model's own cache. `rounded`: new K and V go through float16, as in
     a cache of scheme fp16."""
-    if rounded:
-        model = round_cache(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_original(round_cache(model) if rounded else model)
     inputs = {value.name: value for value in session.get_inputs()}
     names, ids, result = [value.name for value in session.get_outputs()], tokens(), []
     for b in range(3):
@@ -187,23 +230,56 @@ def run_original(model: onnx.ModelProto, lengths: Any = LENGTHS, rounded: bool =
     return result
 
 
+def open_original(model: onnx.ModelProto) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
 def round_cache(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy in which what joins the cache is rounded to float16 before."""
+
+    def rounded(new: str, past: str) -> tuple[str, list[onnx.NodeProto]]:
+        half, full = f"{past}.half", f"{past}.full"
+        down = onnx.helper.make_node("Cast", [new], [half], to=onnx.TensorProto.FLOAT16)
+        return full, [down, onnx.helper.make_node("Cast", [half], [full], to=onnx.TensorProto.FLOAT)]
+
+    return change_joins(model, rounded)
+
+
+def hold_cache(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which inputs ``held.…`` join the cache, and what would have joined it is an output ``own.…``."""
+    infos = []
+
+    def held(new: str, past: str) -> tuple[str, list[onnx.NodeProto]]:
+        infos.append(past)
+        return f"held.{past}", [onnx.helper.make_node("Identity", [new], [f"own.{past}"])]
+
+    copy = change_joins(model, held)
+    for past in infos:
+        info = onnx.helper.make_tensor_value_info
+        copy.graph.input.append(info(f"held.{past}", onnx.TensorProto.FLOAT, [None] * 4))
+        copy.graph.output.append(info(f"own.{past}", onnx.TensorProto.FLOAT, [None] * 4))
+    return copy
+
+
+def change_joins(
+    model: onnx.ModelProto, change: Callable[[str, str], tuple[str, list[onnx.NodeProto]]]
+) -> onnx.ModelProto:
+    """A copy in which something else joins each cache. `change`: (new rows, cache input) → (what joins it, nodes)."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    past = {value.name for value in copy.graph.input if "past" in value.name}
+    past = {value.name: value.name for value in copy.graph.input if "past" in value.name}
     nodes: list[onnx.NodeProto] = []
     for node in copy.graph.node:
-        places = [1] if node.op_type == "Concat" else [1, 2] if node.op_type == "Attention" else []
-        if past & set(node.input) and len(node.input) == 1 and node.op_type in ("Concat", "Identity"):
-            past.add(node.output[0])
-        elif past & set(node.input):
-            for place in places:
-                new = node.input[place]
-                half, full = f"{node.name}.{place}.half", f"{node.name}.{place}.full"
-                nodes.append(onnx.helper.make_node("Cast", [new], [half], to=onnx.TensorProto.FLOAT16))
-                nodes.append(onnx.helper.make_node("Cast", [half], [full], to=onnx.TensorProto.FLOAT))
-                node.input[place] = full
+        if len(node.input) == 1 and node.input[0] in past and node.op_type in ("Concat", "Identity"):
+            past[node.output[0]] = past[node.input[0]]
+        elif node.op_type in ("Concat", "Attention"):
+            for place, source in enumerate(list(node.input)):
+                if source in past:
+                    new = place - 3 if node.op_type == "Attention" else 1
+                    node.input[new], made = change(node.input[new], past[source])
+                    nodes += made
         nodes.append(node)
     del copy.graph.node[:]
     copy.graph.node.extend(nodes)
