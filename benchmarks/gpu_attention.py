@@ -29,6 +29,7 @@ from benchmarks import gpu_targets
 from benchmarks.gpu_cases import Half, Ours, Shape, flashinfer_steps, prefill_variants
 from benchmarks.gpu_encode import measure_encode, measure_prefill
 from benchmarks.gpu_encode import sheet as encode_sheet
+from benchmarks.gpu_paths import plain_attention
 from benchmarks.gpu_tables import attention_sheet, failures, grid_sheet, plot, prefill_sheet, targets_sheet
 from benchmarks.gpu_timing import Step, copies_for, copy_bandwidth, free, graph_time, l2_bytes
 from benchmarks.machine import log, machine, version_of
@@ -45,6 +46,7 @@ class Run:
     def __init__(self, output: Path, device: torch.device, budget: float, commit: str | None) -> None:
         self.output, self.device = output, device
         self.deadline = time.monotonic() + budget
+        self.old = False
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.machine = machine(commit)
@@ -111,7 +113,12 @@ class Run:
             free(self.device)
 
     def ours(self, shape: Shape, scheme: str, best: dict[str, Any] | None, check: bool, fill: bool) -> None:
-        """Time a scheme and compare it with the baselines."""
+        """Time a scheme and compare it with the baselines; with `old` also on the plain kernels."""
+        for old in (False, True) if self.old else (False,):
+            with plain_attention(old):
+                self._ours(shape, scheme, best, check, fill, "ours_plain" if old else "ours")
+
+    def _ours(self, shape: Shape, scheme: str, best: dict[str, Any] | None, check: bool, fill: bool, kind: str) -> None:
         try:
             Scheme.parse(scheme).key.check_head_dim(shape.head_dim)
             case = Ours(shape, scheme, self.device, Ours.copies_for(shape, scheme, self.device))
@@ -119,10 +126,10 @@ class Run:
             self.notes.append(f"{scheme} of {shape} does not fit the memory")
             return
         nbytes = case.bytes_read()
-        row = self.time("ours", scheme, shape, case.steps, bytes=nbytes, limit_x=shape.half_bytes / nbytes)
+        row = self.time(kind, scheme, shape, case.steps, bytes=nbytes, limit_x=shape.half_bytes / nbytes)
         if "us" not in row:
             return
-        row["outlier_share"] = case.outlier_share()
+        row |= {"outlier_share": case.outlier_share(), "path": case.path()}
         if best:
             row |= {"best_fp16": best["name"], "x_fp16": best["us"] / row["us"]}
             row["warm_x_fp16"] = best["warm_us"] / row["warm_us"]
@@ -258,6 +265,7 @@ def main(
     head_dims: Annotated[str, typer.Option(help="Elements of a head; --grid: 64,128,256 unless given.")] = "",
     heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     tokens: Annotated[int, typer.Option(help="Queries of a sequence; baselines see all keys with each.")] = 1,
+    old: Annotated[bool, typer.Option("--old", help="Time the plain kernels too.")] = False,
     check: Annotated[bool, typer.Option(help="Compare with float32 attention over the same bytes.")] = True,
     budget: Annotated[float, typer.Option(help="Seconds; what is left then is listed.")] = 540.0,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the program out.")] = "cuda",
@@ -269,6 +277,7 @@ def main(
     on = torch.device(device, 0) if device == "cuda" else torch.device(device)
     names = schemes.split() if schemes else None
     run = Run(output, on, budget, commit)
+    run.old = old
     if quick_run:
         quick(run, names, tail)
     else:

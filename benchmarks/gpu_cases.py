@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_paths import attention_path
 from benchmarks.gpu_timing import Step, copies_for
 from hqmq_trt import codebooks, cuda, native, native_attention, torch_attention
 from hqmq_trt.format import cache_tensors, stored_bits
@@ -177,6 +178,13 @@ class Ours:
             return lambda: run(*arguments)
 
         return [step_of(arguments) for arguments in calls]
+
+    def path(self) -> int | None:
+        """The kernel that attends (gpu_paths.attention_path); None if the library cannot tell."""
+        if self.device.type != "cuda" or not hasattr(cuda.library(), "hqmq_cuda_attention_path"):
+            return None
+        q, k = self.q[: self.shape.batch], self.k
+        return attention_path(q, k, self.caches[0][0].shape[2] // self.scheme.page_size, self.scheme)[0]
 
     def outlier_share(self) -> float | None:
         """Share of chunks of both roles kept as outliers; None for schemes without."""

@@ -12,7 +12,7 @@ from benchmarks.report_tables import Sheet
 Row = dict[str, Any]
 COLUMNS = (
     *("B", "context", "D", "G", "case", "us", "warm us", "fill us", "TB/s", "limit us", "x fp16", "warm x", "limit x"),
-    *("error", "outliers"),
+    *("error", "outliers", "path"),
 )
 
 
@@ -22,20 +22,27 @@ def _number(value: Any, style: str) -> str:
 
 def attention_sheet(rows: Sequence[Row]) -> Sheet:
     """Every decode point and its baselines."""
-    chosen = [row for row in rows if row["kind"] in ("fp16", "fp8", "ours")]
-    order = {"fp16": 0, "fp8": 1, "ours": 2}
+    chosen = [row for row in rows if row["kind"] in ("fp16", "fp8", "ours", "ours_plain")]
+    order = {"fp16": 0, "fp8": 1, "ours": 2, "ours_plain": 3}
     keys = ("batch", "context", "head_dim", "group")
     chosen.sort(key=lambda row: ([row[key] for key in keys], order[row["kind"]]))
     return Sheet("Decode attention, one layer", COLUMNS, [_cells(row) for row in chosen])
 
 
 def _cells(row: Row) -> list[str]:
-    case = row["case"] + (" fp16" if row["kind"] == "fp16" else "")
+    case = row["case"] + {"fp16": " fp16", "ours_plain": ", plain kernels"}.get(row["kind"], "")
     start = [str(row["batch"]), f"{row['context']:,}", str(row["head_dim"]), str(row["group"]), case]
     if "us" not in row:
         return [*start, "failed", *[""] * (len(COLUMNS) - 6)]
     styles = {"us": ".1f", "warm_us": ".1f", "fill_us": ".1f", "tb_s": ".2f", "limit_us": ".1f"}
-    styles |= {"x_fp16": ".2f", "warm_x_fp16": ".2f", "limit_x": ".2f", "error": ".1e", "outlier_share": ".1%"}
+    styles |= {
+        "x_fp16": ".2f",
+        "warm_x_fp16": ".2f",
+        "limit_x": ".2f",
+        "error": ".1e",
+        "outlier_share": ".1%",
+        "path": "d",
+    }
     return [*start, *[_number(row.get(key), style) for key, style in styles.items()]]
 
 

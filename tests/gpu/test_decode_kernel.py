@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_paths import attention_path
 from hqmq_trt import cuda, torch_attention
 from hqmq_trt.scheme import Scheme
 from tests.attention_cases import Attention, assert_same_caches, bits
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
+DECODE = 1  # enum hqmq_cuda_path
 LENGTHS = (1, 63, 64, 65, 4097, 130, 1000, 2377, 129)
 """Tokens a sequence holds after the call."""
 CAPACITY = 4352
@@ -110,9 +112,11 @@ def _clean_status() -> Iterator[None]:
     assert cuda.status(DEVICE)[:2] == (0, 0)
 
 
-def fast(shape: tuple[Tensor, Tensor], scheme: Scheme) -> bool:
+def fast(q: Tensor, k: Tensor, scheme: Scheme) -> bool:
     """Whether the fused decode kernel takes a call with these q and k."""
-    return cuda.decode_kernel_takes(*shape, scheme)
+    path, why = attention_path(q, k, CAPACITY // scheme.page_size, scheme)
+    assert path or why
+    return path == DECODE
 
 
 @pytest.mark.parametrize(("name", "head_dim"), CASES)
@@ -126,7 +130,7 @@ def test_every_group_dtype_and_number_of_queries_follows_the_reference(name: str
             expected = case.attend((q, k, v), past, new, present, reference=True)
             for group in GROUPS:
                 rows, caches = case.of_group(q, group), case.clone()
-                assert fast((rows, k), case.scheme)
+                assert fast(rows, k, case.scheme)
                 y = case.attend((rows, k, v), past, new, caches)
                 assert_close(y, case.of_group(expected, group), new, LIMITS[dtype])
                 if group == 4:
@@ -148,7 +152,7 @@ def test_window_softcap_and_sinks(name: str, head_dim: int, window: int, softcap
         for group in (1, 4, 7, 8):
             own = None if sinks is None else sinks.unflatten(0, (HEADS, -1))[:, :group].flatten().contiguous()
             rows = case.of_group(q, group)
-            assert fast((rows, k), case.scheme)
+            assert fast(rows, k, case.scheme)
             y = case.attend((rows, k, v), past, new, case.clone(), own, window, softcap)
             assert_close(y, case.of_group(expected, group), new, LIMITS[dtype])
 
@@ -250,7 +254,7 @@ def test_many_sequences_and_heads(name: str) -> None:
     caches = [[tensor.to(DEVICE) for tensor in role] for role in case.caches]
     copies = [[tensor.clone() for tensor in role] for role in caches]
     held_, new = lengths(*past).to(DEVICE), lengths(*[1] * batch).to(DEVICE)
-    assert fast((q, k), scheme)
+    assert fast(q, k, scheme)
     y = cuda.attend(q, k, v, held_, new, None, scheme, books, caches, 128**-0.5)
     with mock.patch.object(torch_attention, "append", cuda.append):
         inputs = (q.float(), k.float(), v.float(), held_, new)
@@ -262,7 +266,7 @@ def test_calls_it_does_not_take_are_served_by_the_plain_kernels() -> None:
     case = layer("hq3", 128)
     past, new = held(8)
     q, k, v = case.inputs(8, torch.float32)
-    assert not fast((q, k), case.scheme)
+    assert not fast(q, k, case.scheme)
     y = case.attend((q, k, v), past, new, case.clone())
     expected = case.attend((q, k, v), past, new, case.clone(), reference=True)
     assert_close(y, expected, new, 1e-4)
