@@ -32,7 +32,7 @@ _EXTERNAL_TENSOR = 64 << 10
 _UNLIMITED = 2**31 - 1
 
 Progress = Callable[[str, float], None]
-"""Called with a stage (``load``, ``capture``, ``write``, ``hash``) and its share done, 0…1."""
+"""Called with a stage (``load``, ``try`` of ONNX decoders, ``capture``, ``write``, ``hash``) and its share, 0…1."""
 
 
 def export_model(

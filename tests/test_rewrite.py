@@ -125,7 +125,8 @@ def test_unpacked_cache_changes_nothing(exports: Exports, tmp_path: Path, way: s
     assert (manifest.mode, manifest.vocab_size, manifest.hidden_size) == (mode, 97, 64)
     operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node if not node.domain}
     assert operators <= set(_PARSED)
-    original, kept = onnx.load(path), []
+    original = onnx.load(path)
+    kept: list[cases.Held] = []
     found = cases.run_rewritten(tmp_path / "out", kept=kept)
     wanted, steps = cases.run_held(original, kept)
     assert cases.difference(wanted, found) < 1e-4

@@ -150,9 +150,9 @@ def rewrite_model(
         raise HqmqError(f"{path}: {found.problems[0]}")
     for layer in found.layers:
         chosen.check_head_dim(layer.head_dim)
-    report("capture", 0.0)
     try:
-        try_rows(found.model, found.interface, found.layers)
+        try_rows(found.model, found.interface, found.layers, lambda share: report("try", share))
+        report("capture", 0.0)
         hidden_size = _rewrite(found, chosen, mode, bodies)
     except HqmqError as error:
         raise HqmqError(f"{path}: {error}") from error

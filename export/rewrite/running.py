@@ -70,7 +70,7 @@ def open_session(
 
 
 def _wide(dtype: ir.DataType | None) -> int:
-    return _SINGLE if dtype in (None, ir.DataType.BFLOAT16) else int(dtype)  # type: ignore[arg-type]
+    return _SINGLE if dtype is None or dtype == ir.DataType.BFLOAT16 else int(dtype)
 
 
 def _inline(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:

@@ -15,7 +15,7 @@ from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag, size
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import Scheme
 
-_STAGES = {"load": "loading", "capture": "capturing the graph", "write": "writing", "hash": "hashing"}
+_STAGES = {"load": "loading", "try": "trying", "capture": "capturing the graph", "write": "writing", "hash": "hashing"}
 
 
 class Mode(str, Enum):
