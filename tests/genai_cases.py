@@ -133,12 +133,7 @@ def make_decoder(
     `packed` q, K and V; `multi`: MultiHeadAttention with a cache and a mask of columns."""
     heads, kv_heads, features, turned = 4, 4 if multi else 2, 64, turned or dim
     g = Graph(opset)
-    one = g.weight(name="one", array=np.array([1], np.int64))
-    count = g.node("ReduceSum", ["attention_mask", one], keepdims=0)
-    last = g.node("Cast", [g.node("Sub", [count, one])], to=TensorProto.INT32)
-    shape = g.node("Shape", ["attention_mask"])
-    axis = g.weight(name="axis", array=np.array(1, np.int64))
-    total = g.node("Cast", [g.node("Gather", [shape, axis])], to=TensorProto.INT32)
+    last, total = ("", "") if multi else _lengths(g)
     angle = np.outer(np.arange(256), 10000.0 ** (-np.arange(0, turned, 2) / turned))
     tables = [g.weight(name=f"{f.__name__}_cache", array=f(angle).astype(np.float32)) for f in (np.cos, np.sin)]
     mask = g.node("Cast", ["attention_mask"], to=TensorProto.INT32) if multi else ""
@@ -195,6 +190,17 @@ def make_decoder(
         )
     g.node("MatMul", [normed, g.weight(features, 97)], ["logits"])
     return g.model(*_interface(layers, kv_heads, positions))
+
+
+def _lengths(g: Graph) -> tuple[str, str]:
+    """seqlens_k and total_sequence_length, as the builder makes them of attention_mask."""
+    one = g.weight(name="one", array=np.array([1], np.int64))
+    count = g.node("ReduceSum", ["attention_mask", one], keepdims=0)
+    last = g.node("Cast", [g.node("Sub", [count, one])], to=TensorProto.INT32)
+    shape = g.node("Shape", ["attention_mask"])
+    axis = g.weight(name="axis", array=np.array(1, np.int64))
+    total = g.node("Cast", [g.node("Gather", [shape, axis])], to=TensorProto.INT32)
+    return last, total
 
 
 def _interface(layers: int, heads: int, positions: bool) -> tuple[list[Any], list[Any]]:

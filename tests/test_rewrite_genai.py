@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[Any], None], list[str], dict[str, Any]]] = {
     "operator": (lambda m: setattr(node(m, "FastGelu"), "op_type", "Wavy"), ["Wavy", "is not known"], {}),
     "norm": (put("SimplifiedLayerNormalization", axis=1), ["SimplifiedLayerNormalization", "axis 1"], {}),
     "norm-attribute": (put("SkipSimplifiedLayerNormalization", 1, tilt=1), ["Skip", "tilt"], {}),
-    "mask-of-scores": (feed(MULTI, 8, "Cast.5:0"), [MULTI, "past_sequence_length"], MULTI_OPTIONS),
+    "mask-of-scores": (feed(MULTI, 8, "Cast.0:0"), [MULTI, "past_sequence_length"], MULTI_OPTIONS),
     "half-a-cache": (feed(MULTI, 7, ""), ["past_key_values.0.value"], MULTI_OPTIONS),
     "not-causal": (put(MULTI, unidirectional=0), ["neither causal nor"], MULTI_OPTIONS),
     "rotary-scale": (put("RotaryEmbedding", scale=2.0), ["RotaryEmbedding", "scale = 2.0"], MULTI_OPTIONS),

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.export.rewrite import microsoft
+from hqmq_trt.export.rewrite import microsoft, rewrite_model
 from hqmq_trt.export.rewrite.microsoft_nodes import Context
 from hqmq_trt.export.rewrite.microsoft_trial import apply, try_rule
+from tests import genai_cases
+from tests import rewrite_cases as cases
+from tests import test_rewrite_fuzz as fuzz
 from tests.genai_cases import lone
 from tests.test_engine_graphs import _PARSED
 
 F, H, I32, I64 = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT32", "INT64"))
+MUTATIONS = 24
 RNG = np.random.default_rng(0)
 
 
@@ -195,3 +202,47 @@ def test_trial_finds_lies(lie: str) -> None:
 
     with pytest.raises(HqmqError, match="results differ"):
         try_rule(model, node, replace(rule, write=write))
+
+
+def setting(model: onnx.ModelProto, rng: random.Random) -> str:
+    """An attribute of an operator of com.microsoft changed."""
+    found = [(n, a) for n in model.graph.node if n.domain for a in n.attribute]
+    node, attribute = rng.choice(found)
+    if attribute.type == onnx.AttributeProto.INT:
+        attribute.i = rng.choice([0, 1, -1, 2, attribute.i + 1, attribute.i * 2])
+    else:
+        attribute.f = rng.choice([attribute.f * 2, attribute.f + 0.5, 0.0])
+    return f"setting {node.name}.{attribute.name}"
+
+
+def test_mutated_decoders(tmp_path: Path) -> None:
+    """Nothing but HqmqError is raised, nothing is left behind, and what is rewritten gives what the file gives."""
+    kinds = [setting, fuzz.swap, fuzz.drop, fuzz.number, fuzz.rewire]
+    refused = rewritten = nowhere = 0
+    for seed in range(MUTATIONS):
+        rng = random.Random(seed)
+        model: Any = genai_cases.make_decoder(**genai_cases.DECODERS[["sinks", "outside", "multi-head"][seed % 3]])
+        kind = kinds[seed % len(kinds)]
+        if kind is fuzz.number and seed % 3 == 2:  # MultiHeadAttention has no small constants beside it
+            kind = setting
+        what = kind(model, rng)
+        path, output = tmp_path / "m.onnx", tmp_path / f"out{seed}"
+        onnx.save(model, path)
+        try:
+            rewrite_model(path, output, "fp16@p8")
+        except HqmqError:
+            assert not output.exists()
+            refused += 1
+            continue
+        try:
+            wanted = genai_cases.run_genai(path, fuzz.LENGTHS)
+        except (RuntimeException, Fail, InvalidArgument):  # a file that runs nowhere says nothing
+            nowhere += 1
+            continue
+        rewritten += 1
+        found = cases.run_rewritten(output, fuzz.LENGTHS)
+        assert cases.mean_difference(wanted, found) < 1e-2, f"seed {seed}: {what}"
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert refused >= MUTATIONS // 4
+    assert rewritten >= MUTATIONS // 10
+    assert nowhere <= MUTATIONS // 10

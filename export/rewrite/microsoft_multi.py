@@ -14,7 +14,7 @@ import onnx_ir as ir
 from hqmq_trt.errors import HqmqError
 
 from .building import Builder
-from .microsoft_nodes import Case, Context, Feed, Rule, Trial, draw, given, need, unread, width
+from .microsoft_nodes import Case, Context, Feed, Rule, Trial, draw, given, need, typed, unread, width
 from .microsoft_scores import Scores, bias_shape, join_heads, low, split_heads
 
 
@@ -68,9 +68,7 @@ def _split(build: Builder, node: ir.Node, heads: int, dim: int) -> tuple[ir.Valu
     form = _form(node)
     x = need(node, 0, "query")
     past = given(node, 6)
-    x.type = x.type or (past.type if past is not None else None)
-    if x.dtype is None:
-        raise HqmqError(f"its query '{x.name}' is of unknown type")
+    typed(x) if past is None else typed(x, past)
 
     def part(value: ir.Value, place: int) -> ir.Value:
         """[B, T, heads, parts, D] → [B, heads, T, D]."""
@@ -81,12 +79,11 @@ def _split(build: Builder, node: ir.Node, heads: int, dim: int) -> tuple[ir.Valu
         parts = [part(x, place) for place in range(3)]
     elif form == "kv":
         kv = need(node, 1, "key")
-        kv.type = kv.type or x.type
+        typed(kv, x)
         parts = [split_heads(build, x, heads, dim), part(kv, 0), part(kv, 1)]
     else:
         given_parts = [x, need(node, 1, "key"), need(node, 2, "value")]
-        for value in given_parts:
-            value.type = value.type or x.type
+        typed(*given_parts)
         parts = [split_heads(build, value, heads, dim) for value in given_parts]
     if (bias := given(node, 3)) is not None:
         features = heads * dim

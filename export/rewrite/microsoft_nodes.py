@@ -133,6 +133,21 @@ def need(node: ir.Node, position: int, what: str) -> ir.Value:
     return value
 
 
+def typed(*values: ir.Value) -> ir.DataType:
+    """The type of the first value, given to those that have none.
+
+    Raises:
+        HqmqError: none of the values has one.
+    """
+    known = next((value.dtype for value in values if value.dtype is not None), None)
+    if known is None:
+        raise HqmqError(f"'{values[0].name}' is of unknown type")
+    for value in values:
+        value.type = value.type or ir.TensorType(known)
+    assert values[0].dtype is not None
+    return values[0].dtype
+
+
 def wanted(node: ir.Node, position: int) -> bool:
     """Whether something reads an output."""
     if position >= len(node.outputs):

@@ -16,19 +16,19 @@ import onnx_ir as ir
 from hqmq_trt.errors import HqmqError
 
 from .building import Builder
-from .microsoft_nodes import Context, Rule, Trial, draw, given, need, unread, wanted, width
+from .microsoft_nodes import Context, Rule, Trial, draw, given, need, typed, unread, wanted, width
 
 _FLOAT = ir.DataType.FLOAT
 
 
 def rms(build: Builder, x: ir.Value, weight: ir.Value, epsilon: float) -> ir.Value:
     """x / sqrt(mean(x²) + epsilon) * weight over the last axis, in float32; the type is that of `weight`."""
-    assert weight.dtype is not None
+    dtype = typed(weight, x)
     wide = build.cast(x, _FLOAT)
     mean = build.op("ReduceMean", build.op("Mul", wide, wide), build.ints(-1), keepdims=1)
     spread = build.op("Sqrt", build.op("Add", mean, build.float(epsilon, _FLOAT)))
     scaled = build.op("Mul", build.op("Div", wide, spread), build.cast(weight, _FLOAT))
-    return build.cast(scaled, weight.dtype)
+    return build.cast(scaled, dtype)
 
 
 def _simplified(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
@@ -39,7 +39,7 @@ def _simplified(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
         raise HqmqError(f"is over axis {axis}, not the last")
     unread(node, inv_std_var=1)
     build = Builder(context.graph, node, str(node.name))
-    x.type = x.type or weight.type
+    typed(x, weight)
     return [rms(build, x, weight, node.attributes.get_float("epsilon", 1e-5))]
 
 
@@ -49,7 +49,7 @@ def _skip(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
     beta, bias = (None, given(node, 3)) if simple else (given(node, 3), given(node, 4))
     unread(node, mean=1, inv_std_var=2)
     build = Builder(context.graph, node, str(node.name))
-    x.type, skip.type = x.type or weight.type, skip.type or weight.type
+    typed(x, skip, weight)
     total = build.op("Add", x, skip)
     if bias is not None:
         total = build.op("Add", total, bias)
@@ -88,10 +88,7 @@ def _gelu(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
     x = need(node, 0, "input")
     bias = given(node, 1)
     build = Builder(context.graph, node, str(node.name))
-    dtype = x.dtype or (None if bias is None else bias.dtype)
-    if dtype is None:
-        raise HqmqError("its input is of unknown type")
-    x.type = x.type or ir.TensorType(dtype)
+    dtype = typed(x) if bias is None else typed(x, bias)
     if bias is not None:
         x = build.op("Add", x, bias)
     if node.op_type == "QuickGelu":

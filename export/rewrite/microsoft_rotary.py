@@ -16,7 +16,7 @@ import onnx_ir as ir
 from hqmq_trt.errors import HqmqError
 
 from .building import Builder
-from .microsoft_nodes import Context, Rule, Trial, draw, need, width
+from .microsoft_nodes import Context, Rule, Trial, draw, need, typed, width
 
 
 @dataclass
@@ -96,7 +96,7 @@ def _sizes(node: ir.Node) -> tuple[int, int, int]:
 def _rotary(context: Context, node: ir.Node) -> Sequence[ir.Value | None]:
     rank, heads, dim = _sizes(node)
     x, cos = need(node, 0, "input"), need(node, 2, "cos_cache")
-    x.type = x.type or cos.type
+    typed(x, cos)
     build = Builder(context.graph, node, str(node.name))
     positions = need(node, 1, "position_ids")
     if positions.shape is None or len(positions.shape) not in (1, 2):
