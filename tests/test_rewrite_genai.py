@@ -46,6 +46,8 @@ class Decoders:
         if way not in self.made:
             folder = self.root / way
             folder.mkdir(exist_ok=True)
+            if way == "sinks" and genai.OLD_KERNELS:
+                pytest.skip("this ONNX Runtime has other windows in GroupQueryAttention")
             if way in genai.DECODERS:
                 self.made[way] = folder / "model.onnx"
                 onnx.save(genai.make_decoder(**genai.DECODERS[way]), self.made[way])
@@ -193,6 +195,12 @@ def test_configuration_of_genai(decoders: Decoders, tmp_path: Path) -> None:
 
 
 # What is refused
+
+
+def test_mixture_of_experts(tmp_path: Path) -> None:
+    needs_builder()
+    with pytest.raises(HqmqError, match=r"moe/MoE' \(MoE\): the operator MoE of com.microsoft is not known"):
+        rewrite_model(genai.build("gptoss", tmp_path), tmp_path / "out")
 
 
 def refuse(change: Callable[[Any], None], tmp_path: Path, *words: str, **options: Any) -> None:

@@ -150,8 +150,13 @@ FORMS: dict[str, tuple[str, list[Any], int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+NEW_KERNELS = ("group-window", "group-window-of-one", "group-windowed-cache", "group-norms")
+
+
 def made(form: str) -> tuple[Any, Any, Any]:
     """(model, node, rule) of a form."""
+    if form in NEW_KERNELS and genai_cases.OLD_KERNELS:
+        pytest.skip("this ONNX Runtime has other windows in GroupQueryAttention, or none of these inputs")
     op, inputs, outputs, attributes = FORMS[form]
     domain = "" if op == "SimplifiedLayerNormalization" else "com.microsoft"
     model = lone(op, inputs, outputs, domain, **attributes)
