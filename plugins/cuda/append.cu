@@ -1,5 +1,6 @@
 // HqmqQuantize on the GPU: bytes of docs/format.md, by the codec headers that the host runs.
 #include "kernels.h"
+#include "ptx.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -196,6 +197,27 @@ __device__ void CopyPage(const RoleView& view, const Span& span, int b, int h, i
   }
 }
 
+// One new token of one head by one warp: its row of the tail, and what the status counts.
+__device__ void WriteTail(const AppendJob& job, const RoleView& view, const Span& span, int role,
+                          int b, int h, int64_t lane, int i, int warp_lane) {
+  const int p = view.role.page_size, d = view.role.head_dim;
+  if (job.status && i == 0 && h == 0 && role == 0 && span.lost && warp_lane == 0)
+    atomicAdd(&job.status->no_page, span.lost);
+  const int t = span.past + i;
+  const bool kept = t < span.end && t >= span.end - p;
+  if (t >= span.end + span.lost || (!kept && !job.status)) return;
+  const int64_t from = RowStart(view.x, b, h, i);
+  uint16_t* to = view.cache.tail + (lane * p + t % p) * d;
+  bool bad = false;
+  for (int k = warp_lane; k < d; k += kWarp) {
+    const uint16_t half = LoadHalf(view.x, from + k);
+    bad = bad || (half & 0x7C00) == 0x7C00;
+    if (kept) to[k] = half;
+  }
+  if (job.status && __ballot_sync(kAllLanes, bad) && warp_lane == 0)
+    atomicAdd(&job.status->not_finite, 1);
+}
+
 // One page that fills in this call, of one head: blockIdx.x = lane * MostPages + i; role
 // blockIdx.y.
 __global__ void __launch_bounds__(kThreads, 2)
@@ -209,7 +231,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int b = static_cast<int>(lane / job.call.heads),
             h = static_cast<int>(lane % job.call.heads);
   const Span span = SpanOf(job.call, p, b);
-  const int at = span.past / p + static_cast<int>(blockIdx.x % most), first = at * p;
+  const int part = static_cast<int>(blockIdx.x % most);
+  ptx::GridTrigger();
+  if (blockIdx.y == 0 && part == 0) {
+    for (int i = threadIdx.x; i < job.lane_counters; i += kThreads)
+      job.counters[lane * job.lane_counters + i] = 0;
+  }
+  if (job.call.tokens == 1 && threadIdx.x < kWarp)
+    WriteTail(job, view, span, blockIdx.y, b, h, lane, 0, threadIdx.x);
+  const int at = span.past / p + part, first = at * p;
   if (at >= span.end / p) return;
   const int64_t page = lane * job.call.num_pages + at;
   int32_t* codes = view.cache.codes + page * p * view.layout.words;
@@ -287,34 +317,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// One new token of one head by one warp: its row of the tail, and what the status counts. Rows of
-// the grid: roles.
+// WriteTail of each new token. Rows of the grid: roles.
 __global__ void __launch_bounds__(kThreads, 4)
     WriteTailsKernel(const __grid_constant__ AppendJob job) {
   const RoleView& view = job.view[blockIdx.y];
-  const int p = view.role.page_size, d = view.role.head_dim;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t lane = row / job.call.tokens;
   if (lane >= static_cast<int64_t>(job.call.batch) * job.call.heads) return;
   const int i = static_cast<int>(row % job.call.tokens), warp_lane = threadIdx.x % kWarp;
   const int b = static_cast<int>(lane / job.call.heads),
             h = static_cast<int>(lane % job.call.heads);
-  const Span span = SpanOf(job.call, p, b);
-  if (job.status && i == 0 && h == 0 && blockIdx.y == 0 && span.lost && warp_lane == 0)
-    atomicAdd(&job.status->no_page, span.lost);
-  const int t = span.past + i;
-  const bool kept = t < span.end && t >= span.end - p;
-  if (t >= span.end + span.lost || (!kept && !job.status)) return;
-  const int64_t from = RowStart(view.x, b, h, i);
-  uint16_t* to = view.cache.tail + (lane * p + t % p) * d;
-  bool bad = false;
-  for (int k = warp_lane; k < d; k += kWarp) {
-    const uint16_t half = LoadHalf(view.x, from + k);
-    bad = bad || (half & 0x7C00) == 0x7C00;
-    if (kept) to[k] = half;
-  }
-  if (job.status && __ballot_sync(kAllLanes, bad) && warp_lane == 0)
-    atomicAdd(&job.status->not_finite, 1);
+  const Span span = SpanOf(job.call, view.role.page_size, b);
+  WriteTail(job, view, span, blockIdx.y, b, h, lane, i, warp_lane);
 }
 
 }  // namespace
@@ -340,6 +354,7 @@ Status EncodePages(const AppendJob& job, cudaStream_t stream) {
 }
 
 Status WriteTails(const AppendJob& job, cudaStream_t stream) {
+  if (job.call.tokens == 1) return {};
   const int64_t rows = static_cast<int64_t>(job.call.batch) * job.call.heads * job.call.tokens;
   const int64_t blocks = (rows * kWarp + kThreads - 1) / kThreads;
   return Launch(WriteTailsKernel, dim3(static_cast<unsigned>(blocks), job.roles), kThreads, 0,

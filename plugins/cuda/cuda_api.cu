@@ -1,8 +1,10 @@
 // The C interface: checks arguments on the host, then enqueues.
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 
+#include "decode_job.h"
 #include "host/append.h"
-#include "kernels.h"
 
 namespace hqmq {
 namespace {
@@ -23,6 +25,8 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = 0x7FFFFFFF;
+
+std::atomic<bool> plain_only{false};
 
 Status CheckCudaRole(const RoleParams& role) {
   if (Status status = CheckRole(role); !status.ok()) return status;
@@ -111,14 +115,21 @@ Status CheckWorkspace(const void* workspace, size_t bytes, size_t needed) {
   return {};
 }
 
-// Workspace of attention: scratch of K, of V, states.
+// Workspace of attention: scratch of K, of V, and then what either kernel needs: the fused one
+// counters and parts, the plain one states. Which of them runs depends on more than sizes.
 struct AttentionPlan {
   AttentionJob job;
   int block_rows;
-  size_t scratch[2], states;
+  size_t scratch[2], states, counters, parts;
 
-  size_t bytes() const { return scratch[0] + scratch[1] + states; }
+  size_t bytes() const { return scratch[0] + scratch[1] + std::max(states, counters + parts); }
 };
+
+void PlanDecode(const AttentionJob& job, AttentionPlan* plan) {
+  if (!DecodeTakesScheme(job, nullptr)) return;
+  plan->counters = std::max(plan->counters, AlignedBytes(DecodeCounterBytes(job)));
+  plan->parts = std::max(plan->parts, AlignedBytes(DecodePartBytes(job)));
+}
 
 Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key,
                 const hqmq_role_params& value, AttentionPlan* plan) {
@@ -155,6 +166,7 @@ Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key
   plan->states = AlignedBytes(AttentionStates(job));
   plan->scratch[0] = AlignedBytes(AppendScratch(job.key.role, lanes, params.tokens));
   plan->scratch[1] = AlignedBytes(AppendScratch(job.value.role, lanes, params.tokens));
+  PlanDecode(job, plan);
   return {};
 }
 
@@ -182,10 +194,20 @@ Status RunAttention(AttentionPlan* plan, const hqmq_attention_role& key,
   }
   job.key = append.view[0];
   job.value = append.view[1];
-  job.states = plan->states ? reinterpret_cast<float*>(at) : nullptr;
+  const bool fused = !plain_only && FastDecodeSupports(job, nullptr);
+  if (fused) {
+    append.counters = reinterpret_cast<uint32_t*>(at);
+    append.lane_counters = DecodeCounters(job);
+  } else {
+    job.states = plan->states ? reinterpret_cast<float*>(at) : nullptr;
+  }
   // Attention reads the codes of pages that fill now, and the tail as it was before.
   Status status = EncodePages(append, stream);
-  if (status.ok()) status = Attend(job, plan->block_rows, stream);
+  if (status.ok()) {
+    float* parts = reinterpret_cast<float*>(at + plan->counters);
+    status =
+        fused ? Decode(job, append.counters, parts, stream) : Attend(job, plan->block_rows, stream);
+  }
   return status.ok() ? WriteTails(append, stream) : status;
 }
 
@@ -289,10 +311,42 @@ int hqmq_cuda_attention_workspace_limit(const hqmq_attention_params* params,
     AttentionPlan plan;
     if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
     if (plan.block_rows) plan.states = AlignedBytes(MostAttentionStates(plan.job));
+    AttentionJob job = plan.job;
+    for (int tokens = 1; plan.block_rows && tokens <= params->tokens; ++tokens) {
+      if (tokens > kMostDecodeTokens) break;
+      job.call.tokens = tokens;
+      PlanDecode(job, &plan);
+    }
     *bytes = plan.bytes();
     return {};
   });
 }
+
+int hqmq_cuda_attention_path(const hqmq_attention_params* params, const hqmq_role_params* key,
+                             const hqmq_role_params* value, int32_t dtype, int32_t* path,
+                             const char** why) {
+  return Guard([&]() -> Status {
+    if (!params || !key || !value || !path || !why)
+      return Invalid("params, key, value, path or why is missing");
+    thread_local std::string text;
+    AttentionPlan plan;
+    if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
+    for (Rows* rows : {&plan.job.q, &plan.job.y, &plan.job.key.x, &plan.job.value.x})
+      rows->dtype = dtype;
+    text.clear();
+    if (plan.block_rows == 0) {
+      text = "nothing runs: there is no sequence, head or token";
+    } else if (plain_only) {
+      text = "hqmq_cuda_use_plain_attention is on";
+    }
+    const bool fused = text.empty() && FastDecodeSupports(plan.job, &text);
+    *path = fused ? HQMQ_CUDA_DECODE : HQMQ_CUDA_PLAIN;
+    *why = text.c_str();
+    return {};
+  });
+}
+
+void hqmq_cuda_use_plain_attention(int32_t on) { plain_only = on != 0; }
 
 int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                         const hqmq_attention_role* key, const hqmq_attention_role* value,

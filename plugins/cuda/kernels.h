@@ -15,9 +15,14 @@ struct AppendJob {
   int32_t roles;
   Call call;
   hqmq_cuda_status* status;  // or null
+  // Set to 0 by EncodePages, for the attention after it: so many of each lane (sequence and head).
+  uint32_t* counters;
+  int32_t lane_counters;
 };
 
 size_t AppendScratch(const RoleParams& role, int64_t lanes, int tokens);
+// A single token takes no row of a tail that anybody reads in the same call: EncodePages writes it,
+// and WriteTails does nothing.
 Status EncodePages(const AppendJob& job, cudaStream_t stream);
 Status WriteTails(const AppendJob& job, cudaStream_t stream);
 

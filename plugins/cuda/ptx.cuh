@@ -57,6 +57,11 @@ __device__ __forceinline__ uint32_t AndXor(uint32_t x, uint32_t mask, uint32_t b
 }
 
 // Loads and stores of shared memory. Volatile: they stay in order with barriers and copies.
+__device__ __forceinline__ uint32_t LoadShared8(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u8 %0,[%1];" : "=r"(x) : "r"(address));
+  return x;
+}
 __device__ __forceinline__ uint32_t LoadShared16(uint32_t address) {
   uint16_t x;
   asm volatile("ld.shared.u16 %0,[%1];" : "=h"(x) : "r"(address));
@@ -115,6 +120,21 @@ __device__ __forceinline__ void CopyCommit() {
 template <int kGroups>
 __device__ __forceinline__ void CopyWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+// 16 bytes that another block wrote during this kernel: past L1.
+__device__ __forceinline__ float4 LoadGlobal128(const float* from) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3},[%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ float LoadGlobal32(const float* from) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0,[%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
 }
 
 // Products of pairs of fp16; MultiplyLow, MultiplyHigh: by the lower, upper half of b.

@@ -1,0 +1,135 @@
+// The fused decode kernel on the host: what it takes, its workspace, and which instance runs.
+#include <algorithm>
+#include <cstdint>
+
+#include "decode_codec12.cuh"
+#include "decode_kernel.cuh"
+
+namespace hqmq {
+namespace cuda {
+namespace {
+
+struct Instance {
+  int code_bits, index_bits, head_dim, columns;
+  int (*stages)(int shared_limit);
+  Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
+};
+
+template <class Key, class Value, int D, int kColumns>
+constexpr Instance Make(int index_bits) {
+  using I = DecodeInstance<Key, Value, D, kColumns>;
+  return {Key::kCodeBits, index_bits, D, kColumns, I::Stages, I::Run};
+}
+
+constexpr Instance kInstances[] = {
+    Make<Codec12, Codec12, 128, 4>(8),
+    Make<Codec12, Codec12, 128, 8>(8),
+};
+
+const Instance* FindInstance(const AttentionJob& job) {
+  const Layout key = MakeLayout(job.key.role), value = MakeLayout(job.value.role);
+  const int columns = DecodeColumns(job.group * job.call.tokens);
+  for (const Instance& instance : kInstances) {
+    bool fits = instance.head_dim == job.key.role.head_dim && instance.columns == columns;
+    for (const Layout* layout : {&key, &value}) {
+      fits = fits && layout->code_bits == instance.code_bits &&
+             layout->index_bits == instance.index_bits;
+    }
+    if (fits) return &instance;
+  }
+  return nullptr;
+}
+
+struct Cut {
+  int row_blocks, splits;
+  int64_t problems;
+};
+
+// Of the call's shape, but for the batch and the capacity.
+Cut CutOf(const AttentionJob& job) {
+  const int rows = job.group * job.call.tokens;
+  Cut cut;
+  cut.row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
+  const int64_t blocks = static_cast<int64_t>(job.call.heads) * cut.row_blocks;
+  cut.splits = static_cast<int>(
+      std::max<int64_t>(1, std::min<int64_t>(kMostSplits, kDecodeBlocks / blocks)));
+  cut.problems = blocks * job.call.batch;
+  return cut;
+}
+
+bool Refuse(std::string* why, const char* text) {
+  if (why) *why = text;
+  return false;
+}
+
+bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace
+
+bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
+  if (job.call.tokens < 1 || job.call.tokens > kMostDecodeTokens)
+    return Refuse(why, "it takes calls of 1 to 8 tokens");
+  for (const RoleParams* role : {&job.key.role, &job.value.role}) {
+    if (role->storage != Storage::kHqmq) return Refuse(why, "storage fp16 has no codes");
+    if (role->page_size < kDecodeTile) return Refuse(why, "pages have fewer than 16 tokens");
+    if (role->outlier_capacity > 0) return Refuse(why, "a role has Med3x outliers");
+  }
+  if (job.value.role.page_mean) return Refuse(why, "V has page means");
+  const Cut cut = CutOf(job);
+  if (cut.problems * cut.splits > 0x7FFFFFFF) return Refuse(why, "the batch is too large");
+  if (!FindInstance(job))
+    return Refuse(why, "there is no instance for this head_dim, layout of codes and radius bits");
+  return true;
+}
+
+bool FastDecodeSupports(const AttentionJob& job, std::string* why) {
+  if (!DecodeTakesScheme(job, why)) return false;
+  for (const Rows* rows : {&job.q, &job.y, &job.key.x, &job.value.x}) {
+    if (rows->dtype == HQMQ_FLOAT32) return Refuse(why, "activations are float32");
+  }
+  for (const RoleView* view : {&job.key, &job.value}) {
+    for (const void* tensor :
+         {static_cast<const void*>(view->cache.codes), static_cast<const void*>(view->cache.scales),
+          static_cast<const void*>(view->cache.mean), static_cast<const void*>(view->cache.tail)}) {
+      if (!IsAligned(tensor)) return Refuse(why, "a cache tensor is not at a multiple of 16 bytes");
+    }
+  }
+  Gpu gpu;
+  if (!CurrentGpu(&gpu).ok()) return Refuse(why, "there is no GPU");
+  if (FindInstance(job)->stages(gpu.shared_limit) < 2)
+    return Refuse(why, "the GPU gives a block too little shared memory");
+  return true;
+}
+
+int DecodeCounters(const AttentionJob& job) { return CutOf(job).row_blocks; }
+
+size_t DecodeCounterBytes(const AttentionJob& job) {
+  return sizeof(uint32_t) * CutOf(job).problems;
+}
+
+size_t DecodePartBytes(const AttentionJob& job) {
+  const Cut cut = CutOf(job);
+  return sizeof(float) * cut.problems * (cut.splits + 1) *
+         PartFloats(DecodeColumns(job.group * job.call.tokens), job.key.role.head_dim);
+}
+
+Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
+              cudaStream_t stream) {
+  Gpu gpu;
+  if (Status status = CurrentGpu(&gpu); !status.ok()) return status;
+  const Instance& instance = *FindInstance(attention);
+  const Cut cut = CutOf(attention);
+  DecodeJob job;
+  job.attention = attention;
+  job.rows = attention.group * attention.call.tokens;
+  job.row_blocks = cut.row_blocks;
+  job.splits = cut.splits;
+  job.stages = instance.stages(gpu.shared_limit);
+  job.items = static_cast<int>(cut.problems * cut.splits);
+  job.parts = parts;
+  job.counters = counters;
+  return instance.run(job, std::min(job.items, gpu.multiprocessors), gpu, stream);
+}
+
+}  // namespace cuda
+}  // namespace hqmq

@@ -1,0 +1,64 @@
+// The fused decode kernel: what it takes, how its work is cut, and its launchers.
+//
+// A *problem* is one sequence, one KV head and a block of up to 8 query rows (positions x heads of
+// the group). Its coded keys are cut into at most `splits` runs of tiles of 16 tokens, by a rule
+// that knows the sequence's own length only, so that neither the batch nor the capacity nor the GPU
+// changes a bit of y. One thread block takes one split (an *item*) at a time and writes its part;
+// the block that finishes last joins the parts in order.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace hqmq {
+namespace cuda {
+
+constexpr int kDecodeWarps = 16;
+constexpr int kDecodeThreads = kDecodeWarps * kWarp;
+constexpr int kMostDecodeTokens = 8;  // T
+constexpr int kDecodeTile = 16;       // tokens of a tile: the rows of an MMA
+constexpr int kDecodeRows = 8;        // query rows of a problem: the columns of an MMA
+// Warps of the last split of a problem that take the tokens held exactly instead of coded tiles.
+constexpr int kOwnWarps = 4;
+// Blocks that one sequence is cut into over all its heads: the multiprocessors of an H100. A
+// constant, as the order of sums depends on it.
+constexpr int kDecodeBlocks = 132;
+constexpr int kMostSplits = 64;
+constexpr int kMostStages = 4;
+
+struct DecodeJob {
+  AttentionJob attention;
+  int32_t rows;        // T * group
+  int32_t row_blocks;  // of 8 rows
+  int32_t splits;
+  int32_t stages;      // tiles each warp keeps in shared memory, at least 2
+  int32_t items;       // problems * splits
+  float* parts;        // [problems, splits + 1, PartFloats]: the last one of the exact tokens
+  uint32_t* counters;  // [problems], 0 when the kernel starts
+};
+
+// Rows that the kernel's accumulators hold: 4 or 8.
+__host__ __device__ constexpr int DecodeColumns(int rows) { return rows <= 4 ? 4 : 8; }
+
+// A part: outputs [columns, D], maxima [8], sums [8].
+__host__ __device__ constexpr int PartFloats(int columns, int head_dim) {
+  return columns * head_dim + 2 * kDecodeRows;
+}
+
+// Whether the fused kernel takes a call; if not, `why` says what it lacks. Sizes and schemes only.
+bool DecodeTakesScheme(const AttentionJob& job, std::string* why);
+// The same, with the tensors' types and addresses and the current GPU.
+bool FastDecodeSupports(const AttentionJob& job, std::string* why);
+
+// Workspace: counters (of each sequence and head, and the bytes of all) and parts.
+int DecodeCounters(const AttentionJob& job);
+size_t DecodeCounterBytes(const AttentionJob& job);
+size_t DecodePartBytes(const AttentionJob& job);
+
+// Enqueues the kernel, which may start while the kernel before it still runs and waits for it where
+// it must; that one has set the counters to 0.
+Status Decode(const AttentionJob& job, uint32_t* counters, float* parts, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace hqmq

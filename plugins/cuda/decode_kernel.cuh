@@ -1,0 +1,235 @@
+// The fused decode kernel: attention of a few query rows straight from the codes (decode_job.h says
+// how the work is cut, decode_rows.cuh how a tile is computed).
+#pragma once
+
+#include "decode_reduce.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+template <class Key, class Value, int D, int kColumns>
+struct DecodeBlock {
+  using S = Stage<Key, Value, D>;
+  using Rows = LaneRows<D, kColumns>;
+  static constexpr int kKeyChunks = D / 16, kValueChunks = D / 32;  // of a lane and token
+  static constexpr int kValueGroup = kValueChunks < 4 ? kValueChunks : 4;
+
+  // What a lane keeps of the kernel.
+  typename Key::Lane key;
+  typename Value::Lane value;
+  typename Key::Where key_codes;
+  typename Value::Where value_codes[2];  // of tokens 2j, 2j+1
+  // Of the problem.
+  QueryLane<D, kColumns> query;
+  float factor[2];            // from sums of products to scores in base 2, by column
+  float mean_score[2];        // scores of the page's mean
+  int first_seen, last_seen;  // keys [first, last) are seen by all rows
+
+  __device__ __forceinline__ void LoadProblem(const DecodeJob& job, const Problem& p,
+                                              const DecodeShared<D>& shared, int lane) {
+    const AttentionJob& a = job.attention;
+    query.Load(shared, 1, lane);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = (2 * (lane & 3) + i) & (kColumns - 1);
+      factor[i] = a.scale * 1.44269504f * shared.factor[1][row];
+      mean_score[i] = 0.0f;
+    }
+    first_seen = OldestKey(p.last_time, a.window);
+    last_seen = p.first_time & ~(a.key.role.page_size - 1);
+  }
+
+  // Every row of the operand is the mean, so that each lane gets the scores of its columns.
+  __device__ __forceinline__ void ScoreMean(uint32_t mean, int lane) {
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const uint4 x = ptx::LoadShared128(mean + (lane & 3) * (D / 2) + 16 * i);
+      ptx::Mma(sum, x.x, x.x, x.y, x.y, query.chunk[2 * i].x, query.chunk[2 * i].y);
+      ptx::Mma(sum, x.z, x.z, x.w, x.w, query.chunk[2 * i + 1].x, query.chunk[2 * i + 1].y);
+    }
+    mean_score[0] = sum[0] * factor[0];
+    mean_score[1] = sum[1] * factor[1];
+  }
+
+  // One tile: token0 its first token, `at` its stage.
+  __device__ __forceinline__ void AddTile(const AttentionJob& a, const Problem& p, int token0,
+                                          uint32_t at, int lane, Rows* rows) {
+    const int r = lane >> 2;
+    float sum[2][4] = {};
+    typename Key::template Slice<kKeyChunks> k[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      k[i] = Key::template Load<kKeyChunks>(at + i * 8 * S::kKeyToken, key_codes);
+#pragma unroll
+    for (int group = 0; group < kKeyChunks / 4; ++group) {
+      uint2 x[4], y[4];
+      Key::template Decode<0>(key, k[0], group, x);
+      Key::template Decode<0>(key, k[1], group, y);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint2 q = query.chunk[4 * group + i];
+        ptx::Mma(sum[i & 1], x[i].x, y[i].x, x[i].y, y[i].y, q.x, q.y);
+      }
+    }
+    float score[4], scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t token = 2 * (r + 8 * i);
+      const float of_key = FloatFromHalf(ptx::LoadShared16(at + S::kKeyScales + token));
+      scale[i] = FloatFromHalf(ptx::LoadShared16(at + S::kValueScales + token));
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        score[2 * i + c] =
+            Fma((sum[0][2 * i + c] + sum[1][2 * i + c]), of_key * factor[c], mean_score[c]);
+      }
+    }
+    if (a.softcap > 0.0f) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        score[c] = Capped(score[c], a.softcap * 1.44269504f, 2.0f / a.softcap);
+    }
+    const bool any_hidden = token0 < first_seen || token0 + kDecodeTile > last_seen;
+    if (any_hidden) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
+        const int time = RowTime(a, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
+        const int t = token0 + r + 8 * (c / 2);
+        if (t < OldestKey(time, a.window) || t >= page) score[c] = MinusInfinity();
+      }
+    }
+    uint32_t weight[kColumns / 2][2];
+    rows->Weigh(score, scale, any_hidden, weight);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      typename Value::template Slice<kValueChunks> v[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        v[i] = Value::template Load<kValueChunks>(at + S::kValue + half * 8 * S::kValueToken,
+                                                  value_codes[i]);
+#pragma unroll
+      for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
+        uint2 x[kValueGroup], y[kValueGroup];
+        Value::template Decode<1>(value, v[0], group, x);
+        Value::template Decode<1>(value, v[1], group, y);
+#pragma unroll
+        for (int i = 0; i < kValueGroup; ++i)
+          rows->Add(kValueGroup * group + i, x[i], y[i], half, weight);
+      }
+    }
+  }
+};
+
+// Counts a finished part; true in all threads of the block that finished last.
+template <int D>
+__device__ __forceinline__ bool IsLastPart(const DecodeJob& job, const Problem& p, int problem,
+                                           DecodeShared<D>* shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::GridWait();  // the counters are set to 0 by the kernel before
+    __threadfence();
+    shared->flag = p.splits == 1 ||
+                   atomicAdd(job.counters + problem, 1u) + 1 == static_cast<uint32_t>(p.splits);
+    __threadfence();
+  }
+  __syncthreads();
+  return shared->flag != 0;
+}
+
+template <class Key, class Value, int D, int kColumns>
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    DecodeKernel(const __grid_constant__ DecodeJob job) {
+  extern __shared__ float4 shared[];
+  const uint32_t start = ptx::SharedAddress(shared);
+  const Arena<Key, Value, D> arena(start, job.stages);
+  char* const base = reinterpret_cast<char*>(shared) - start;
+  auto* const block = reinterpret_cast<DecodeShared<D>*>(base + arena.shared);
+  const AttentionJob& a = job.attention;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int first_item = static_cast<int>(static_cast<int64_t>(blockIdx.x) * job.items / gridDim.x);
+  const int end_item =
+      static_cast<int>((static_cast<int64_t>(blockIdx.x) + 1) * job.items / gridDim.x);
+  // Pages that fill in this call are seen by later tokens of the call only.
+  if (a.call.tokens > 1) ptx::GridWait();
+
+  Feed<Key, Value, D> feed;
+  const uint32_t ring = arena.Ring(warp);
+  uint32_t stage = ring;
+  feed.Start(job, first_item, end_item, ring, warp, lane);
+
+  DecodeBlock<Key, Value, D, kColumns> self;
+  self.key = Key::LaneOf(a.key, arena.table, lane);
+  self.value = Value::LaneOf(a.value, arena.table, lane);
+  self.key_codes = Key::template WhereOf<D>(lane >> 2, (lane & 3) * (D / 16));
+  self.value_codes[0] = Value::template WhereOf<D>(2 * (lane & 3), (lane >> 2) * (D / 32));
+  self.value_codes[1] = Value::template WhereOf<D>(2 * (lane & 3) + 1, (lane >> 2) * (D / 32));
+
+  int head = -1, held = -1;
+  for (int item = first_item; item < end_item; ++item) {
+    const int index = item / job.splits, split = item - index * job.splits;
+    if (held != index) {
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        block->problem = ProblemOf(job, index);
+        block->bad_values = 0;
+      }
+      __syncthreads();
+    }
+    const Problem& p = block->problem;
+    if (held != index && p.rows > 0) {
+      if (head != p.h) {
+        Key::FillTable(a.key, 0, p.h, arena.table);
+        Value::FillTable(a.value, 1, p.h, arena.table);
+        head = p.h;
+      }
+      LoadQueries<D>(job, p, block, warp, lane);
+      __syncthreads();
+      self.LoadProblem(job, p, *block, lane);
+    }
+    held = index;
+    if (p.rows == 0 && split == 0) StoreEmptyRows<D, kColumns>(job, p, 0, warp, lane);
+    if (split >= p.splits) continue;
+    LaneRows<D, kColumns> rows;
+    rows.Clear();
+    const Tiles tiles = TilesOf(p, split, warp);
+    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+      // All but the groups of the tiles after this one are complete.
+      if (job.stages == 2) {
+        ptx::CopyWait<0>();
+      } else if (job.stages == 3) {
+        ptx::CopyWait<1>();
+      } else {
+        ptx::CopyWait<2>();
+      }
+      __syncwarp();
+      feed.Fill(job, ring, warp, lane);
+      const int page_tiles = a.key.role.page_size / kDecodeTile;
+      if (a.key.role.page_mean && (tile == tiles.begin || (tile & (page_tiles - 1)) == 0))
+        self.ScoreMean(stage + Stage<Key, Value, D>::kMean, lane);
+      self.AddTile(a, p, tile * kDecodeTile, stage, lane, &rows);
+      stage += Stage<Key, Value, D>::kBytes;
+      if (stage == ring + job.stages * Stage<Key, Value, D>::kBytes) stage = ring;
+    }
+    const int own_warp = warp - (kDecodeWarps - kOwnWarps);
+    if (split == p.splits - 1 && own_warp >= 0)
+      AttendOwn<D, kColumns>(job, p, block, own_warp, lane, &rows);
+    WritePart<D, kColumns>(job, p, index, split, &rows, block, warp, lane);
+    if (IsLastPart<D>(job, p, index, block))
+      JoinParts<D, kColumns>(job, p, index, block, warp, lane);
+    __syncthreads();
+  }
+  // Whoever waits for this kernel must find the one before it complete, too.
+  if (threadIdx.x == 0) ptx::GridWait();
+}
+
+// One instance of the kernel. Defined in decode_*.cu, one file an instance.
+template <class Key, class Value, int D, int kColumns>
+struct DecodeInstance {
+  // The most stages that fit into `shared_limit` bytes of shared memory, less than 2: none.
+  static int Stages(int shared_limit);
+  static Status Run(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
+};
+
+}  // namespace cuda
+}  // namespace hqmq

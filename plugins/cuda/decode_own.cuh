@@ -1,0 +1,119 @@
+// The tokens that a query sees exactly: those of its own page, from the tail and from the call.
+#pragma once
+
+#include "decode_rows.cuh"
+#include "decode_shared.cuh"
+#include "softmax_state.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+// fp16 row of token t of one role (0: K, 1: V), null after the last one that a row sees.
+template <int D>
+__device__ __forceinline__ const uint16_t* OwnRow(const DecodeJob& job, const Problem& p, int role,
+                                                  const DecodeShared<D>& shared, int t) {
+  if (t > p.last_time) return nullptr;
+  if (t >= p.span.past) return shared.fresh[role][t - p.span.past];
+  const RoleView& view = role ? job.attention.value : job.attention.key;
+  const int page_size = view.role.page_size;
+  const int64_t sequence = static_cast<int64_t>(p.b) * job.attention.call.heads + p.h;
+  return view.cache.tail + (sequence * page_size + (t & (page_size - 1))) * D;
+}
+
+__device__ __forceinline__ uint4 LoadOwn(const uint16_t* row, int element) {
+  return row ? *reinterpret_cast<const uint4*>(row + element) : make_uint4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ bool IsFiniteHalf(uint16_t x) { return (x & 0x7C00u) != 0x7C00u; }
+
+// NaN and infinity as 0: a row whose weight of a token is 0 must not see them. `any` tells of some.
+__device__ __forceinline__ uint32_t FiniteHalves(uint32_t x, bool* any) {
+  const bool low = IsFiniteHalf(static_cast<uint16_t>(x));
+  const bool high = IsFiniteHalf(static_cast<uint16_t>(x >> 16));
+  *any = *any || !low || !high;
+  return (low ? x & 0xFFFFu : 0) | (high ? x & 0xFFFF0000u : 0);
+}
+
+__device__ __forceinline__ uint4 FiniteHalves(uint4 x, bool* any) {
+  return make_uint4(FiniteHalves(x.x, any), FiniteHalves(x.y, any), FiniteHalves(x.z, any),
+                    FiniteHalves(x.w, any));
+}
+
+// Exact tiles of one of the kOwnWarps warps. Sums up into rows.
+template <int D, int kColumns>
+__device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p,
+                                          DecodeShared<D>* shared, int own_warp, int lane,
+                                          LaneRows<D, kColumns>* rows) {
+  const AttentionJob& a = job.attention;
+  const int r = lane >> 2, j = lane & 3;
+  const int page_size = a.key.role.page_size;
+  const int begin = p.first_time & ~(page_size - 1);
+  QueryLane<D, kColumns> query;
+  query.Load(*shared, 0, lane);
+  float factor[2];
+  int time[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = (2 * j + i) & (kColumns - 1);
+    factor[i] = a.scale * 1.44269504f * shared->factor[0][row];
+    time[i] = RowTime(a, p, p.row + row);
+  }
+  const float cap = a.softcap * 1.44269504f, per_cap = 2.0f / a.softcap;
+  bool bad = false;
+  for (int tile = begin + own_warp * kDecodeTile; tile <= p.last_time;
+       tile += kOwnWarps * kDecodeTile) {
+    float score[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const uint16_t* k0 = OwnRow(job, p, 0, *shared, tile + r);
+    const uint16_t* k1 = OwnRow(job, p, 0, *shared, tile + r + 8);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const uint4 x = LoadOwn(k0, j * (D / 4) + 8 * i), y = LoadOwn(k1, j * (D / 4) + 8 * i);
+      ptx::Mma(score, x.x, y.x, x.y, y.y, query.chunk[2 * i].x, query.chunk[2 * i].y);
+      ptx::Mma(score, x.z, y.z, x.w, y.w, query.chunk[2 * i + 1].x, query.chunk[2 * i + 1].y);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int t = tile + r + 8 * (k / 2);
+      const int page = time[k & 1] & ~(page_size - 1);
+      score[k] *= factor[k & 1];
+      if (a.softcap > 0.0f) score[k] = Capped(score[k], cap, per_cap);
+      if (t < OldestKey(time[k & 1], a.window) || t < page || t > time[k & 1])
+        score[k] = MinusInfinity();
+    }
+    uint32_t weight[kColumns / 2][2];
+    const float one[2] = {1.0f, 1.0f};
+    rows->Weigh(score, one, false, weight);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint16_t* v0 = OwnRow(job, p, 1, *shared, tile + 2 * j + 8 * half);
+      const uint16_t* v1 = OwnRow(job, p, 1, *shared, tile + 2 * j + 1 + 8 * half);
+#pragma unroll
+      for (int i = 0; i < (D / 32 + 1) / 2; ++i) {
+        const uint4 x = FiniteHalves(LoadOwn(v0, r * (D / 8) + 8 * i), &bad);
+        const uint4 y = FiniteHalves(LoadOwn(v1, r * (D / 8) + 8 * i), &bad);
+        rows->Add(2 * i, make_uint2(x.x, x.y), make_uint2(y.x, y.y), half, weight);
+        rows->Add(2 * i + 1, make_uint2(x.z, x.w), make_uint2(y.z, y.w), half, weight);
+      }
+    }
+  }
+  if (__any_sync(kAllLanes, bad) && lane == 0) shared->bad_values = 1;
+}
+
+// What AttendOwn left out of one output: the sum of the values that are not finite, over the tokens
+// that row `row` of the problem sees.
+template <int D>
+__device__ __forceinline__ float BadValues(const DecodeJob& job, const Problem& p,
+                                           const DecodeShared<D>& shared, int row, int element) {
+  const AttentionJob& a = job.attention;
+  const int time = RowTime(a, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
+  const int oldest = OldestKey(time, a.window);
+  float sum = 0.0f;
+  for (int t = page > oldest ? page : oldest; t <= time; ++t) {
+    const uint16_t x = OwnRow(job, p, 1, shared, t)[element];
+    if (!IsFiniteHalf(x)) sum += FloatFromHalf(x);
+  }
+  return sum;
+}
+
+}  // namespace cuda
+}  // namespace hqmq

@@ -1,0 +1,144 @@
+// A lane's softmax and outputs in the decode kernel, and the two products of a tile.
+//
+// Scores S [tokens, rows] = K Q', outputs O' [elements, rows] = V' P. K and V are the first (m16)
+// operand, query rows the second (n8). The order of k inside an MMA is free as long as both
+// operands share it, so that lanes own whole chunks: lane (r = lane/4, j = lane%4) has chunks
+// j*D/16… of tokens r and r+8 of K, and chunks r*D/32… of tokens 2j, 2j+1, 2j+8, 2j+9 of V.
+//
+// In O' a chunk's pairs (0, 1) and (2, 3) are the k pairs of one token: with (p, 0) as the other
+// operand the MMA sums elements 0 and 2, with (0, p) elements 1 and 3. Up to four rows use columns
+// 0-3 for one and 4-7 for the other; more rows take two MMAs. No register has to be rearranged.
+#pragma once
+
+#include "decode_work.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+// Weights exp2(score - maximum) are scaled by 2^15, the largest power fp16 holds: small ones stay
+// normal numbers.
+constexpr float kWeightShift = 15.0f;
+// A maximum of no scores.
+constexpr float kNoScore = -1e30f;
+
+// Rows: 4 or 8. Scores of the lane: columns 2j and 2j+1; columns 4-7 repeat 0-3 of four rows.
+template <int D, int kColumns>
+struct LaneRows {
+  static constexpr int kTiles = D / 32 * (kColumns / 4);  // accumulators [16, 8]
+  float out[kTiles][4];
+  float maximum[2], sum[2];
+  float unit;  // scales of V are divided by it, a power of two, at least their maximum
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[i][k] = 0.0f;
+    maximum[0] = maximum[1] = kNoScore;
+    sum[0] = sum[1] = 0.0f;
+    unit = 0x1p-24f;  // the least fp16
+  }
+
+  // When a maximum or the unit grows. score: in base 2; scale: of V.
+  __device__ __forceinline__ void Rescale(const float (&score)[4], const float (&scale)[2]) {
+    float next[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
+    float largest = fmaxf(scale[0], scale[1]);
+#pragma unroll
+    for (int offset = 4; offset < kWarp; offset *= 2) {
+      next[0] = fmaxf(next[0], __shfl_xor_sync(kAllLanes, next[0], offset));
+      next[1] = fmaxf(next[1], __shfl_xor_sync(kAllLanes, next[1], offset));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
+    }
+    float units = 1.0f;
+    if (largest > unit) {  // to the power of two above
+      const float above = __uint_as_float((__float_as_uint(largest) & 0x7F800000u) + 0x800000u);
+      units = unit / above;
+      unit = above;
+    }
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      next[i] = fmaxf(next[i], maximum[i]);
+      factor[i] = ptx::Exp2(maximum[i] - next[i]);
+      maximum[i] = next[i];
+      sum[i] *= factor[i];
+      factor[i] *= units;
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[i][k] *= factor[k & 1];
+  }
+
+  // Weights of a tile from its scores, times the scales of V, as second operands: weight[i][h] of
+  // token 2j + i of the upper (0) and lower (1) eight tokens; kColumns 8: [i + 2] for elements
+  // 1, 3. hidden: scores of -infinity whose V must not matter.
+  __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[2],
+                                        bool any_hidden, uint32_t (&weight)[kColumns / 2][2]) {
+    const bool grows = fmaxf(score[0], score[2]) > maximum[0] ||
+                       fmaxf(score[1], score[3]) > maximum[1] || scale[0] > unit || scale[1] > unit;
+    if (__any_sync(kAllLanes, grows)) Rescale(score, scale);
+    const float base[2] = {maximum[0] - kWeightShift, maximum[1] - kWeightShift};
+    const float per_unit = __uint_as_float(0x7F000000u - __float_as_uint(unit));  // 1 / unit
+    float p[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) p[k] = ptx::Exp2(score[k] - base[k & 1]);
+    sum[0] += p[0] + p[2];
+    sum[1] += p[1] + p[3];
+    const float scaled[2] = {scale[0] * per_unit, scale[1] * per_unit};
+    float product[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) product[k] = p[k] * scaled[k / 2];
+    if (any_hidden) {  // 0 times a scale of NaN
+#pragma unroll
+      for (int k = 0; k < 4; ++k) product[k] = p[k] == 0.0f ? 0.0f : product[k];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Lane (r, j) gets row r of tokens 2j (lower 16 bits) and 2j+1.
+      const uint32_t x = ptx::Transpose(ptx::PackHalf(product[2 * half], product[2 * half + 1]));
+      if constexpr (kColumns == 4) {
+        const bool odd = (threadIdx.x & 16) != 0;  // columns 4-7
+        weight[0][half] = ptx::Permute(x, 0, odd ? 0x1044u : 0x4410u);
+        weight[1][half] = ptx::Permute(x, 0, odd ? 0x3244u : 0x4432u);
+      } else {
+        weight[0][half] = x & 0xFFFFu;
+        weight[1][half] = x >> 16;
+        weight[2][half] = x << 16;
+        weight[3][half] = x & 0xFFFF0000u;
+      }
+    }
+  }
+
+  // Adds chunk `chunk` (of D/32) of tokens 2j (even) and 2j+1 (odd) of one half of a tile.
+  __device__ __forceinline__ void Add(int chunk, uint2 even, uint2 odd, int half,
+                                      const uint32_t (&weight)[kColumns / 2][2]) {
+    if constexpr (kColumns == 4) {
+      ptx::Mma(out[chunk], even.x, even.y, odd.x, odd.y, weight[0][half], weight[1][half]);
+    } else {
+      ptx::Mma(out[2 * chunk], even.x, even.y, odd.x, odd.y, weight[0][half], weight[1][half]);
+      ptx::Mma(out[2 * chunk + 1], even.x, even.y, odd.x, odd.y, weight[2][half], weight[3][half]);
+    }
+  }
+};
+
+// Query row and element of entry k of lane `lane` of accumulator `tile`.
+struct Output {
+  int row, element;
+};
+template <int D, int kColumns>
+__device__ __forceinline__ Output OutputOf(int tile, int lane, int k) {
+  const int r = lane >> 2, column = 2 * (lane & 3) + (k & 1);
+  const int chunk = r * (D / 32) + (kColumns == 4 ? tile : tile / 2);
+  const int odd = kColumns == 4 ? column >> 2 : tile & 1;
+  return {kColumns == 4 ? column & 3 : column, 4 * chunk + 2 * (k >> 1) + odd};
+}
+
+// Scores in base 2 from sums: soft-capped if `cap` (softcap * log2 e) is not 0.
+__device__ __forceinline__ float Capped(float score, float cap, float per_cap) {
+  const float power = ptx::Exp2(score * per_cap);  // e^(2 score / softcap)
+  return cap - __fdividef(2.0f * cap, power + 1.0f);
+}
+
+}  // namespace cuda
+}  // namespace hqmq

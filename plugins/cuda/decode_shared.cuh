@@ -1,0 +1,122 @@
+// Shared memory of the decode kernel, and the queries and new tokens that it holds as fp16.
+#pragma once
+
+#include "decode_feed.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+// Floats that each warp gives to one round of a block's sums: one accumulator.
+constexpr int kRoundFloats = 4 * kWarp;
+
+template <int D>
+struct DecodeShared {
+  float4 reduce[kDecodeWarps][kRoundFloats / 4];  // also rows of floats
+  uint16_t query[2][kDecodeRows][D];              // as they are; rotated
+  uint16_t fresh[2][kMostDecodeTokens][D];        // new tokens of K, V
+  float factor[2][kDecodeRows];                   // what query was divided by, powers of two
+  float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];
+  float weight[kDecodeRows][kMostSplits + 1];
+  Problem problem;
+  int32_t flag, bad_values;
+};
+
+// Dynamic shared memory: [rings of the first warps] [table, aligned] [rings of the others]
+// [DecodeShared]. `start`: address of its beginning, at most kMostStart.
+constexpr uint32_t kMostStart = 1024;
+
+template <class Key, class Value, int D>
+struct Arena {
+  static constexpr uint32_t kStageBytes = Stage<Key, Value, D>::kBytes;
+  uint32_t table, first_rings, ring_bytes, rings_before, second_rings, shared;
+
+  __host__ __device__ Arena(uint32_t start, int stages) {
+    constexpr uint32_t kAlign = Key::kTableAlignment;
+    ring_bytes = stages * kStageBytes;
+    first_rings = (start + 15) & ~15u;
+    table = (start + kAlign - 1) & ~(kAlign - 1);
+    rings_before = (table - first_rings) / ring_bytes;
+    if (rings_before > kDecodeWarps) rings_before = kDecodeWarps;
+    second_rings = table + Key::kTableBytes;
+    shared = second_rings + (kDecodeWarps - rings_before) * ring_bytes;
+  }
+  __host__ __device__ uint32_t End() const { return shared + sizeof(DecodeShared<D>); }
+  __host__ __device__ uint32_t Ring(uint32_t warp) const {
+    return warp < rings_before ? first_rings + warp * ring_bytes
+                               : second_rings + (warp - rings_before) * ring_bytes;
+  }
+};
+
+// x / 2^e with the largest of a row in [1, 2) as fp16; returns 2^e. A warp; lane i has elements
+// lane + 32 i.
+template <int D>
+__device__ __forceinline__ float StoreQuery(const float (&x)[D / kWarp], uint16_t* to, int lane) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < D / kWarp; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  const uint32_t exponent = __float_as_uint(WarpMax(largest)) & 0x7F800000u;
+  const bool usual = exponent >= 0x01000000u && exponent <= 0x7E000000u;
+  const float unit = usual ? __uint_as_float(exponent) : 1.0f;
+  const float per_unit = usual ? __uint_as_float(0x7F000000u - exponent) : 1.0f;
+#pragma unroll
+  for (int i = 0; i < D / kWarp; ++i) to[lane + i * kWarp] = HalfFromFloat(x[i] * per_unit);
+  return unit;
+}
+
+// Rows of a problem and its new tokens → shared. All threads; synchronise before and after.
+template <int D>
+__device__ __forceinline__ void LoadQueries(const DecodeJob& job, const Problem& p,
+                                            DecodeShared<D>* shared, int warp, int lane) {
+  const AttentionJob& a = job.attention;
+  if (warp < kDecodeRows) {
+    float* scratch = reinterpret_cast<float*>(shared->reduce) + warp * D;
+    float x[D / kWarp] = {};
+    if (warp < p.rows) {
+      const int row = p.row + warp, token = row / a.group;
+      const int64_t from = RowStart(a.q, p.b, p.h * a.group + row - token * a.group, token);
+#pragma unroll
+      for (int i = 0; i < D / kWarp; ++i) x[i] = LoadFloat(a.q, from + lane + i * kWarp);
+    }
+    const float plain = StoreQuery<D>(x, shared->query[0][warp], lane);
+#pragma unroll
+    for (int i = 0; i < D / kWarp; ++i) scratch[lane + i * kWarp] = x[i];
+    __syncwarp();
+    if (a.key.role.hadamard) WarpHadamard(scratch, D, a.key.hadamard_scale, lane);
+#pragma unroll
+    for (int i = 0; i < D / kWarp; ++i) x[i] = scratch[lane + i * kWarp];
+    const float rotated = StoreQuery<D>(x, shared->query[1][warp], lane);
+    if (lane == 0) {
+      shared->factor[0][warp] = plain;
+      shared->factor[1][warp] = rotated;
+    }
+  } else {
+    const int tokens = p.span.end - p.span.past;
+    for (int i = threadIdx.x - kDecodeRows * kWarp; i < 2 * tokens * D;
+         i += kDecodeThreads - kDecodeRows * kWarp) {
+      const int role = i >= tokens * D, t = i / D - role * tokens, element = i % D;
+      const Rows& x = role ? a.value.x : a.key.x;
+      shared->fresh[role][t][element] = LoadHalf(x, RowStart(x, p.b, p.h, t) + element);
+    }
+  }
+}
+
+// A lane's part of the queries as second operands: chunks j*D/16…, column r (of four rows: r % 4).
+template <int D, int kColumns>
+struct QueryLane {
+  uint2 chunk[D / 16];
+
+  __device__ void Load(const DecodeShared<D>& shared, int rotated, int lane) {
+    const int row = (lane >> 2) & (kColumns - 1);
+    const uint4* from =
+        reinterpret_cast<const uint4*>(shared.query[rotated][row] + (lane & 3) * (D / 4));
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      const uint4 x = from[i];
+      chunk[2 * i] = make_uint2(x.x, x.y);
+      chunk[2 * i + 1] = make_uint2(x.z, x.w);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace hqmq
