@@ -78,15 +78,15 @@ class Flat(torch.nn.Module):
         return found.logits, [(layer.keys, layer.values) for layer in found.past_key_values.layers]
 
 
-def _example() -> tuple[Tensor, Tensor, Tensor, Any]:
-    past = [(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16)) for _ in range(2)]
+def _example(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Any]:
+    past = [(torch.zeros(2, 2, 5, 16, dtype=dtype), torch.zeros(2, 2, 5, 16, dtype=dtype)) for _ in range(2)]
     ids = torch.ones(2, 3, dtype=torch.int64)
     return ids, torch.ones(2, 8, dtype=torch.int64), torch.arange(5, 8)[None].repeat(2, 1), past
 
 
 def export_dynamo(model: Any, path: Path, opset: int, positions: bool = True, mask: bool = True) -> None:
     """torch.onnx.export(dynamo=True), the cache a DynamicCache."""
-    ids, attention, numbers, past = _example()
+    ids, attention, numbers, past = _example(model.dtype)
     free, row = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     names = ["input_ids", *["attention_mask"] * mask, *["position_ids"] * positions]
     program = torch.onnx.export(
@@ -124,7 +124,7 @@ def export_traced(model: Any, path: Path) -> None:
         axes[f"present.{name}"] = {0: "batch_size", 2: total}
     torch.onnx.export(
         Flat(model),
-        _example(),
+        _example(model.dtype),
         str(path),
         input_names=[*names, *(f"past_key_values.{name}" for name in CACHES)],
         output_names=["logits", *(f"present.{name}" for name in CACHES)],
@@ -142,11 +142,13 @@ Held = dict[str, np.ndarray]
 """What a cache holds: by ``{layer}.{role}``, rows [B, H, P, D]."""
 
 
-def run_rewritten(folder: Path, lengths: Any = LENGTHS, kept: list[Held] | None = None) -> list[Tensor]:
+def run_rewritten(
+    folder: Path, lengths: Any = LENGTHS, kept: list[Held] | None = None, graph: Path | None = None
+) -> list[Tensor]:
     """Logits [tokens, V] of each of three sequences, fed together, right-padded. `kept`: gets what the cache of
-    scheme fp16 holds after each step."""
+    scheme fp16 holds after each step. `graph`: run instead of the folder's."""
     manifest = Manifest.load(folder, hashes=True)
-    session = ort_library.session(folder / manifest.model_file, threads=1)
+    session = ort_library.session(graph or folder / manifest.model_file, threads=1)
     names = [value.name for value in session.get_outputs()]
     cache = {f"past.{name}": np.zeros(spec.shape, spec.dtype) for name, spec in manifest.cache(3, PAGES)}
     length, ids = np.zeros(3, np.int32), tokens()
