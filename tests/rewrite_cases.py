@@ -78,17 +78,22 @@ class Flat(torch.nn.Module):
         return found.logits, [(layer.keys, layer.values) for layer in found.past_key_values.layers]
 
 
-def _example(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Any]:
-    past = [(torch.zeros(2, 2, 5, 16, dtype=dtype), torch.zeros(2, 2, 5, 16, dtype=dtype)) for _ in range(2)]
+def _example(model: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    config = model.config.get_text_config()
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (2, config.num_key_value_heads, 5, dim)
+    layers = range(config.num_hidden_layers)
+    past = [tuple(torch.zeros(shape, dtype=model.dtype) for _ in range(2)) for _ in layers]
     ids = torch.ones(2, 3, dtype=torch.int64)
     return ids, torch.ones(2, 8, dtype=torch.int64), torch.arange(5, 8)[None].repeat(2, 1), past
 
 
 def export_dynamo(model: Any, path: Path, opset: int, positions: bool = True, mask: bool = True) -> None:
     """torch.onnx.export(dynamo=True), the cache a DynamicCache."""
-    ids, attention, numbers, past = _example(model.dtype)
+    ids, attention, numbers, past = _example(model)
     free, row = torch.export.Dim.DYNAMIC, {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     names = ["input_ids", *["attention_mask"] * mask, *["position_ids"] * positions]
+    caches = [f"{layer}.{role}" for layer in range(len(past)) for role in ("key", "value")]
     program = torch.onnx.export(
         Flat(model),
         kwargs={
@@ -105,8 +110,8 @@ def export_dynamo(model: Any, path: Path, opset: int, positions: bool = True, ma
         },
         dynamo=True,
         opset_version=opset,
-        input_names=[*names, *(f"past_key_values.{name}" for name in CACHES)],
-        output_names=["logits", *(f"present.{name}" for name in CACHES)],
+        input_names=[*names, *(f"past_key_values.{name}" for name in caches)],
+        output_names=["logits", *(f"present.{name}" for name in caches)],
         verbose=False,
     )
     assert program is not None
@@ -124,7 +129,7 @@ def export_traced(model: Any, path: Path) -> None:
         axes[f"present.{name}"] = {0: "batch_size", 2: total}
     torch.onnx.export(
         Flat(model),
-        _example(model.dtype),
+        _example(model),
         str(path),
         input_names=[*names, *(f"past_key_values.{name}" for name in CACHES)],
         output_names=["logits", *(f"present.{name}" for name in CACHES)],

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
 from hqmq_trt import ort_library
 from hqmq_trt.export.rewrite import analyse, rewrite_model
-from hqmq_trt.manifest import Manifest
 from tests import rewrite_cases as cases
 
 HALVES = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
@@ -34,7 +31,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph in float32: all but the caches that are not joined by Concat, and codes."""
+    """The same graph in float32, all but the caches of our operators."""
     kinds = set(HALVES.values())
     kept = {value.name for value in model.graph.input if value.name.endswith((".tail", ".mean", ".scales"))}
     kept |= {value.name for value in model.graph.output if value.name.endswith((".tail", ".mean", ".scales"))}
@@ -83,7 +80,7 @@ def test_float16_runs(decoder: tuple[Path, str], tmp_path: Path, scheme: str) ->
     rewrite_model(path, tmp_path / "out", scheme)
     file = tmp_path / "out" / "model.onnx"
     if dtype == "bfloat16":
-        with pytest.raises(Exception, match="bfloat16|NOT_IMPLEMENTED|Could not find an implementation"):
+        with pytest.raises(Exception, match=r"bfloat16|NOT_IMPLEMENTED|Could not find an implementation"):
             ort_library.session(file)
         return
     found = cases.run_rewritten(tmp_path / "out")
