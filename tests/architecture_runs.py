@@ -1,6 +1,9 @@
 """Exports every architecture of tests.architectures, runs it in ONNX Runtime beside PyTorch, and writes the table.
 
-``python -m tests.architecture_runs --markdown`` writes into docs/models.md what this machine finds.
+    python -m tests.architecture_runs --markdown
+    python -m tests.architecture_runs --engines engines.jsonl
+
+write into docs/models.md what this machine finds, and what benchmarks.architectures_trt found on one with a GPU.
 """
 
 from __future__ import annotations
@@ -27,15 +30,13 @@ from hqmq_trt.engine.network import engine_model
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export import export_model
 from tests import test_engine_graphs as tensorrt_checks
-from tests.architectures import BY_NAME, EXPORTED, REFUSED, VOCABULARY, Architecture
+from tests.architecture_tables import MODES, VERDICTS, Document, read_records
+from tests.architectures import BY_NAME, VOCABULARY, Architecture
 from tests.test_export import Exported, divergence
 
-MODES = ("fused", "qdq")
 STEPS = ([19, 11, 3], [6, 1, 0], *([1, 1, 1],) * 32)
 """Tokens that each of three sequences gets in each call: prefill, a chunk, 32 single tokens."""
 LOGIT_TOLERANCE, KL_TOLERANCE = 1e-4, 1e-4
-DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
-_BEGIN, _END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 _PAGE = 8
 
 
@@ -63,16 +64,13 @@ class Outcome:
     def verdicts(self) -> dict[str, str]:
         """``passes``, ``fails`` or ``refused`` by column of the table."""
         if self.refused:
-            return dict.fromkeys(COLUMNS, "refused")
+            return dict.fromkeys(VERDICTS, "refused")
         ort = {
             f"ONNX Runtime, {mode}": self.logit_error[mode] < LOGIT_TOLERANCE and self.kl[mode] < KL_TOLERANCE
             for mode in MODES
         }
-        trt = {f"TensorRT 10.6, {mode}": not self.tensorrt[mode] for mode in MODES}
+        trt = {f"TensorRT 10.6 parser, {mode}": not self.tensorrt[mode] for mode in MODES}
         return {name: "passes" if ok else "fails" for name, ok in {**ort, **trt}.items()}
-
-
-COLUMNS = [f"{target}, {mode}" for target in ("ONNX Runtime", "TensorRT 10.6") for mode in MODES]
 
 
 class RoundedCache(transformers.DynamicCache):
@@ -183,64 +181,50 @@ def examine_all(names: Iterable[str], workers: int | None = None) -> dict[str, F
 
 
 def document_cells(architecture: Architecture, outcome: Outcome) -> list[str]:
-    """What docs/models.md says of an architecture, after its name and without measured numbers."""
+    """What docs/models.md says of an architecture, after its name and without engines and measured numbers."""
     if architecture.refused:
         return [architecture.shows, outcome.refused or "exported"]
     return [architecture.shows, *outcome.verdicts().values()]
 
 
-def row(name: str, outcome: Outcome) -> str:
-    """The line of an architecture in docs/models.md."""
-    cells = [name, *document_cells(BY_NAME[name], outcome)]
-    if not BY_NAME[name].refused:
-        measured = (outcome.logit_error, outcome.kl)
-        cells += [f"{max(values.values()):.0e}" if values else "-" for values in measured]
-    return _row(cells)
+def measured_cells(architecture: Architecture, outcome: Outcome) -> list[str]:
+    """The numbers of docs/models.md, the larger of both modes; [] for an architecture that must be refused."""
+    if architecture.refused:
+        return []
+    return [f"{max(values.values()):.0e}" if values else "-" for values in (outcome.logit_error, outcome.kl)]
 
 
-def markdown(rows: dict[str, str]) -> str:
-    """The two tables of docs/models.md; `rows`: lines by architecture."""
-    lines = _head(["Architecture", "What the test has", *COLUMNS, "fp16: largest error of a logit", "hq4: mean KL"])
-    lines += [rows[architecture.name] for architecture in EXPORTED]
-    lines += ["", *_head(["Refused", "What it is", "Why: the exporter's message"])]
-    lines += [rows[architecture.name] for architecture in REFUSED]
-    return "\n".join(lines)
+def engine_cases() -> dict[tuple[str, str, str], list[str]]:
+    """Ids of all engines that benchmarks.architectures_trt builds, by road, name and mode."""
+    from benchmarks.architectures_trt import all_cases
 
-
-def _head(cells: list[str]) -> list[str]:
-    return [_row(cells), _row(["---"] * len(cells))]
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def committed_rows() -> dict[str, str]:
-    """The lines of docs/models.md by architecture."""
-    text = DOCUMENT.read_text().split(_BEGIN)[1].split(_END)[0]
-    rows = {line.strip("| ").split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    return {name: line for name, line in rows.items() if name in BY_NAME}
-
-
-def committed() -> dict[str, list[str]]:
-    """What docs/models.md says of every architecture, as document_cells; by name."""
-    return {name: line.strip("| ").split(" | ")[1 : 2 + len(COLUMNS)] for name, line in committed_rows().items()}
+    wanted: dict[tuple[str, str, str], list[str]] = {}
+    for case in all_cases(Path()):
+        wanted.setdefault((case.road, case.name, case.mode), []).append(case.id)
+    return wanted
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="write what is found into docs/models.md")
+    parser.add_argument("--engines", type=Path, help="engines.jsonl, to write into docs/models.md; runs nothing")
     parser.add_argument("names", nargs="*", help="architectures (all)")
     options = parser.parse_args()
+    if options.engines:
+        Document().write_engines(read_records(options.engines), engine_cases())
+        return
     outcomes = {}
     for name, future in examine_all(options.names or BY_NAME).items():
         outcomes[name] = future.result()
         print(name, outcomes[name], flush=True)
     if options.markdown:
-        rows = committed_rows() | {name: row(name, outcome) for name, outcome in outcomes.items()}
-        before, rest = DOCUMENT.read_text().split(_BEGIN)
-        DOCUMENT.write_text(f"{before}{_BEGIN}\n{markdown(rows)}\n{_END}{rest.split(_END)[1]}")
+        Document().write_runs(
+            {
+                name: (document_cells(BY_NAME[name], outcome), measured_cells(BY_NAME[name], outcome))
+                for name, outcome in outcomes.items()
+            }
+        )
 
 
 if __name__ == "__main__":

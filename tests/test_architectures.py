@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future
+import json
 from pathlib import Path
 
 import pytest
@@ -13,34 +12,16 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.export import export_model
 from hqmq_trt.export.experts import all_experts
 from hqmq_trt.export.interface import attention_implementation
-from tests.architecture_runs import (
-    KL_TOLERANCE,
-    LOGIT_TOLERANCE,
-    MODES,
-    Outcome,
-    committed,
-    document_cells,
-    examine,
-    examine_all,
-)
+from tests.architecture_runs import KL_TOLERANCE, LOGIT_TOLERANCE, MODES, document_cells, engine_cases, examine
+from tests.architecture_tables import DOCUMENT, VERDICTS, Document, read_records
 from tests.architectures import BY_NAME, EXPORTED, REFUSED, Architecture
-
-
-@pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
-    """Outcomes of the architectures that this run asks for."""
-    asked = [item.callspec.params.get("architecture") for item in request.session.items if hasattr(item, "callspec")]
-    found = examine_all(dict.fromkeys(a.name for a in asked if isinstance(a, Architecture) and not a.refused))
-    yield found
-    for future in found.values():
-        future.cancel()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", EXPORTED, ids=lambda a: a.id)
-def test_exported(architecture: Architecture, outcomes: dict[str, Future[Outcome]]) -> None:
+def test_exported(architecture: Architecture) -> None:
     """Prefill, a chunk, 32 single tokens of an uneven batch: the model with scheme fp16, PyTorch's cache with hq4."""
-    outcome = outcomes[architecture.name].result()
+    outcome = examine(architecture.name)
     assert not outcome.refused
     assert outcome.spread > 0.15  # a flat distribution would hide every mistake
     for mode in MODES:
@@ -48,7 +29,7 @@ def test_exported(architecture: Architecture, outcomes: dict[str, Future[Outcome
         assert outcome.rounding[mode] < 1e-5, mode
         assert outcome.kl[mode] < KL_TOLERANCE, mode
         assert not outcome.tensorrt[mode], mode
-    assert document_cells(architecture, outcome) == committed()[architecture.name]
+    assert document_cells(architecture, outcome) == Document().verdicts()[architecture.name]
 
 
 @pytest.mark.parametrize("architecture", REFUSED, ids=lambda a: a.id)
@@ -57,11 +38,50 @@ def test_refused(architecture: Architecture) -> None:
     outcome = examine(architecture.name)
     assert architecture.refused in outcome.refused
     assert "\n" not in outcome.refused
-    assert document_cells(architecture, outcome) == committed()[architecture.name]
+    assert document_cells(architecture, outcome) == Document().verdicts()[architecture.name]
 
 
 def test_the_document_lists_what_is_tested() -> None:
-    assert list(committed()) == list(BY_NAME)
+    assert list(Document().verdicts()) == list(BY_NAME)
+
+
+def test_engines_fill_their_columns(tmp_path: Path) -> None:
+    """Results of a GPU go into the columns of engines, a second run in the place of the first; the rest stays."""
+    path = tmp_path / "models.md"
+    path.write_text(DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
+    wanted, first = engine_cases(), 1 + len(VERDICTS)
+    none = Document(path)
+    none.write_engines([], wanted)
+    assert {cell for a in EXPORTED for cell in none.cells()[a.name][first : first + 2]} == {"not run"}
+    assert [len(ids) for (road, *_), ids in wanted.items() if road == "hugging-face"] == [2] * 2 * len(EXPORTED)
+
+    def record(case: str, **more: object) -> str:
+        road, name, mode = next(key for key, ids in wanted.items() if case in ids)
+        made = {"case": case, "road": road, "name": name, "mode": mode, "dtype": "float16", "scheme": "hq4@p16"}
+        return json.dumps({**made, "tensorrt": "10.6.0", "outcome": "passes", **more})
+
+    whole, part = wanted["hugging-face", "Gemma 2", "fused"], wanted["hugging-face", "GPT-2", "qdq"]
+    file = wanted["onnx", "traced", "fused"]
+    failure = {"outcome": "fails", "stage": "parse", "error": "no", "tensorrt": None}
+    failure["unsupported"] = [{"node": "layers.0.x", "operator": "Erf", "text": "not known"}]  # type: ignore[assignment]
+    lines = [record(whole[0], **failure), record(whole[0]), record(whole[1]), record(part[0])]
+    results = tmp_path / "engines.jsonl"
+    results.write_text("\n".join([*lines, record(file[0]), record(file[1], **failure)]) + "\n")
+    Document(path).write_engines(read_records(results), wanted)
+    made = Document(path)
+    assert made.cells()["Gemma 2"][first : first + 2] == ["passes (10.6.0)", "not run"]
+    assert made.cells()["GPT-2"][first : first + 2] == ["not run", "passes 1 of 2 (10.6.0)"]
+    assert "| traced | fails (float16 hq4: parse) |" in made.section("engines")
+    assert "- traced, fused, float16 hq4: parse: layers.0.x (Erf): not known" in made.section("engines")
+    assert "| dynamo18 | not run |" in made.section("engines")
+    assert made.verdicts() == Document().verdicts()
+    made.write_runs({"Gemma 2": (made.verdicts()["Gemma 2"], ["1e-05", "2e-06"])})
+    assert made.cells()["Gemma 2"][first:] == ["passes (10.6.0)", "not run", "1e-05", "2e-06"]
+    Document(path).write_engines([], wanted)
+    assert [line for line in Document(path).text.splitlines() if "10.6.0)" in line] == []
+    results.write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1"):
+        read_records(results)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
