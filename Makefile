@@ -54,8 +54,10 @@ $(VENV)/.tensorrt: $(VENV)/.ready # pycuda is compiled on the spot and needs the
 demo: $(if $(GPU),plugins $(VENV)/.tensorrt,build) ## SmolLM2-135M: fp16 cache beside hq4 and hq3; TensorRT if there is a GPU
 	$(BIN)/python samples/demo.py
 
+# Tests of the GPU measure its memory, so they run one by one; worksteal keeps neighbours together, which share exports.
 test: plugins lint ## All tests that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest --ignore=tests/gpu -n logical --maxprocesses=8 --dist=worksteal
 
 lint: setup ## ruff, mypy, clang-format
 	ruff check .

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+import torch._dynamo.config
 from onnx_ir.passes import common
 
 from hqmq_trt import codebooks, contract
@@ -136,7 +137,8 @@ def _capture(module: CaptureModule, scheme: Scheme, layers: Sequence[AttentionLa
         "past": [[dims(spec) for _, spec in _specs(scheme, layer)] for layer in layers],
     }
     try:
-        with _quiet(), torch.no_grad():
+        # The cache of fake tensors costs a fifth of the capture: with symbolic shapes it computes more than it saves.
+        with _quiet(), torch.no_grad(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             return torch.onnx.export(
                 module.to(device),
                 example,

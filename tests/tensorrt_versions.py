@@ -18,6 +18,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 _LIBRARIES = ("libnvinfer.so", "libnvinfer_plugin.so", "libnvonnxparser.so")
 _MODULE = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
 _TIMEOUT = 1200
@@ -95,19 +97,20 @@ def fetch(name: str) -> dict[str, str]:
     libraries = cache / f"tensorrt-{wanted.artifact}"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     site = cache / f"{wanted.bindings.replace('==', '-')}-{python}"
+    cache.mkdir(parents=True, exist_ok=True)
     for folder, make, source in (
         (libraries, _fetch_libraries, wanted.artifact),
         (site, _fetch_bindings, wanted.bindings),
     ):
-        if folder.is_dir():
-            continue
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
-        try:
-            make(source, partial)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with FileLock(cache / ".lock"):  # of two test processes, one fetches
+            if folder.is_dir():
+                continue
+            partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+            try:
+                make(source, partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     paths = {"LD_LIBRARY_PATH": [libraries], "PYTHONPATH": [site, Path(__file__).parent.parent]}
     return {key: ":".join([*map(str, own), *filter(None, [os.environ.get(key)])]) for key, own in paths.items()}
 
