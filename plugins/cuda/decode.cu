@@ -124,6 +124,8 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.rows = attention.group * attention.call.tokens;
   job.row_blocks = cut.row_blocks;
   job.splits = cut.splits;
+  job.page_shift = 0;
+  while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
   job.stages = instance.stages(gpu.shared_limit);
   job.items = static_cast<int>(cut.problems * cut.splits);
   job.parts = parts;

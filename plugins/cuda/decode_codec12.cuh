@@ -19,34 +19,23 @@ struct Codec12 {
   static constexpr int kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
   static constexpr int kCopies = 16;
 
+  template <int D>
+  static constexpr int kStageTiles = D <= 128 ? 2 : 1;
+
   // Index bytes of a token, then nibbles of level and sign.
   template <int D>
   static constexpr int kIndexRow = D / 4;
   template <int D>
   static constexpr int kNibbleRow = D / 8;
-  // Whether 16-byte pieces of the codes hold one plane each; then a tile's planes are kept apart.
-  template <int D>
-  static constexpr bool kPlanar = kNibbleRow<D> % 16 == 0;
-
-  // Where byte `byte` of token t of half a tile (8 tokens) lies. In planar tiles tokens 4…7 change
-  // places with their neighbours, so that both four tokens in a row (K) and every other one (V) lie
-  // in different banks.
-  template <int D>
-  static __device__ __forceinline__ int Place(int t, int byte) {
-    if (!kPlanar<D>) return t * (kIndexRow<D> + kNibbleRow<D>)+byte;
-    const int row = t ^ (t >> 2 & 1);
-    if (byte >= kIndexRow<D>) return 8 * kIndexRow<D> + row * kNibbleRow<D> + byte - kIndexRow<D>;
-    return row * kIndexRow<D> + (kIndexRow<D> > 32 ? byte ^ (row & 2) << 4 : byte);
-  }
-
-  // Where a lane finds its chunks, from `first` on, of token t of half a tile.
+  // Where a lane finds its chunks, from `first` on, of token t of half a tile (8 tokens).
   struct Where {
     uint32_t index, nibble;
   };
   template <int D>
   static __device__ __forceinline__ Where WhereOf(int t, int first) {
-    return {static_cast<uint32_t>(Place<D>(t, first)),
-            static_cast<uint32_t>(Place<D>(t, kIndexRow<D> + first / 2))};
+    const int token = t * (kIndexRow<D> + kNibbleRow<D>);
+    return {static_cast<uint32_t>(token + first),
+            static_cast<uint32_t>(token + kIndexRow<D> + first / 2)};
   }
 
   template <int kChunks>

@@ -52,15 +52,18 @@ struct DecodeBlock {
     mean_score[1] = sum[1] * factor[1];
   }
 
-  // One tile: token0 its first token, `at` its stage.
+  // One tile: token0 its first token, `part` of the stage at `at`.
   __device__ __forceinline__ void AddTile(const AttentionJob& a, const Problem& p, int token0,
-                                          uint32_t at, int lane, Rows* rows) {
+                                          uint32_t at, int part, int lane, Rows* rows) {
     const int r = lane >> 2;
+    const uint32_t key_at = at + part * S::kKeyTile;
+    const uint32_t value_at = at + S::kValue + part * S::kValueTile;
+    const uint32_t scales_at = at + S::kKeyScales + part * S::kScalesTile;
     float sum[2][4] = {};
     typename Key::template Slice<kKeyChunks> k[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      k[i] = Key::template Load<kKeyChunks>(at + i * 8 * S::kKeyToken, key_codes);
+      k[i] = Key::template Load<kKeyChunks>(key_at + i * 8 * S::kKeyToken, key_codes);
 #pragma unroll
     for (int group = 0; group < kKeyChunks / 4; ++group) {
       uint2 x[4], y[4];
@@ -76,8 +79,9 @@ struct DecodeBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t token = 2 * (r + 8 * i);
-      const float of_key = FloatFromHalf(ptx::LoadShared16(at + S::kKeyScales + token));
-      scale[i] = FloatFromHalf(ptx::LoadShared16(at + S::kValueScales + token));
+      const float of_key = FloatFromHalf(ptx::LoadShared16(scales_at + token));
+      scale[i] =
+          FloatFromHalf(ptx::LoadShared16(scales_at + S::kValueScales - S::kKeyScales + token));
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         score[2 * i + c] =
@@ -106,7 +110,7 @@ struct DecodeBlock {
       typename Value::template Slice<kValueChunks> v[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        v[i] = Value::template Load<kValueChunks>(at + S::kValue + half * 8 * S::kValueToken,
+        v[i] = Value::template Load<kValueChunks>(value_at + half * 8 * S::kValueToken,
                                                   value_codes[i]);
 #pragma unroll
       for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
@@ -146,7 +150,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   char* const base = reinterpret_cast<char*>(shared) - start;
   auto* const block = reinterpret_cast<DecodeShared<D>*>(base + arena.shared);
   const AttentionJob& a = job.attention;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp;
+  // The shuffle tells the compiler that it is one number for the warp.
+  const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int first_item = static_cast<int>(static_cast<int64_t>(blockIdx.x) * job.items / gridDim.x);
   const int end_item =
       static_cast<int>((static_cast<int64_t>(blockIdx.x) + 1) * job.items / gridDim.x);
@@ -155,7 +161,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 
   Feed<Key, Value, D> feed;
   const uint32_t ring = arena.Ring(warp);
-  uint32_t stage = ring;
+  uint32_t stage = ring, parity = 0;
   feed.Start(job, first_item, end_item, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
@@ -193,23 +199,21 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     LaneRows<D, kColumns> rows;
     rows.Clear();
     const Tiles tiles = TilesOf(p, split, warp);
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-      // All but the groups of the tiles after this one are complete.
-      if (job.stages == 2) {
-        ptx::CopyWait<0>();
-      } else if (job.stages == 3) {
-        ptx::CopyWait<1>();
-      } else {
-        ptx::CopyWait<2>();
-      }
-      __syncwarp();
+    using S = Stage<Key, Value, D>;
+    for (int tile = tiles.begin; tile < tiles.end;) {
+      feed.Wait(job, stage, parity);
       feed.Fill(job, ring, warp, lane);
-      const int page_tiles = a.key.role.page_size / kDecodeTile;
-      if (a.key.role.page_mean && (tile == tiles.begin || (tile & (page_tiles - 1)) == 0))
-        self.ScoreMean(stage + Stage<Key, Value, D>::kMean, lane);
-      self.AddTile(a, p, tile * kDecodeTile, stage, lane, &rows);
-      stage += Stage<Key, Value, D>::kBytes;
-      if (stage == ring + job.stages * Stage<Key, Value, D>::kBytes) stage = ring;
+      if (S::HasMean(job, tile, tiles.begin)) self.ScoreMean(stage + S::kMean, lane);
+      const int count = S::Count(job, tile, tiles.end);
+#pragma unroll 1
+      for (int part = 0; part < count; ++part)
+        self.AddTile(a, p, (tile + part) * kDecodeTile, stage, part, lane, &rows);
+      tile += count;
+      stage += S::kBytes;
+      if (stage == ring + job.stages * S::kBytes) {
+        stage = ring;
+        parity ^= 1;
+      }
     }
     const int own_warp = warp - (kDecodeWarps - kOwnWarps);
     if (split == p.splits - 1 && own_warp >= 0)

@@ -122,6 +122,56 @@ __device__ __forceinline__ void CopyWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Copies of whole tiles by one thread (sm_90): their bytes count against a barrier in shared
+// memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
+
+// A barrier (8 bytes) that one thread arrives at.
+__device__ __forceinline__ void BarrierInit(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(barrier) : "memory");
+}
+// Makes BarrierInit known to copies; by the thread that called it.
+__device__ __forceinline__ void BarrierFence() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+// Arrives, and lets the phase end when `bytes` have been copied.
+__device__ __forceinline__ void BarrierExpect(uint32_t barrier, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+#endif
+}
+// Waits for the end of the phase with this parity: 0, 1, 0, …
+__device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (!done);
+#endif
+}
+// `bytes` and both addresses are multiples of 16.
+__device__ __forceinline__ void BulkCopy(uint32_t to, const void* from, uint32_t bytes,
+                                         uint32_t barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(
+          to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
 // 16 bytes that another block wrote during this kernel: past L1.
 __device__ __forceinline__ float4 LoadGlobal128(const float* from) {
   float4 x;
