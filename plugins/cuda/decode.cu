@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "decode_codec12.cuh"
+#include "decode_codec16.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {
@@ -10,20 +11,30 @@ namespace cuda {
 namespace {
 
 struct Instance {
-  int code_bits, index_bits, head_dim, columns;
+  int code_bits[2], index_bits[2], head_dim, columns;  // K, V
   int (*stages)(int shared_limit);
   Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
 };
 
 template <class Key, class Value, int D, int kColumns>
-constexpr Instance Make(int index_bits) {
+constexpr Instance Make() {
   using I = DecodeInstance<Key, Value, D, kColumns>;
-  return {Key::kCodeBits, index_bits, D, kColumns, I::Stages, I::Run};
+  return {{Key::kCodeBits, Value::kCodeBits},
+          {Key::kIndexBits, Value::kIndexBits},
+          D,
+          kColumns,
+          I::Stages,
+          I::Run};
 }
 
 constexpr Instance kInstances[] = {
-    Make<Codec12, Codec12, 128, 4>(8),
-    Make<Codec12, Codec12, 128, 8>(8),
+    Make<Codec12, Codec12, 64, 4>(),        Make<Codec12, Codec12, 64, 8>(),
+    Make<Codec12, Codec12, 128, 4>(),       Make<Codec12, Codec12, 128, 8>(),
+    Make<Codec12, Codec12, 256, 4>(),       Make<Codec12, Codec12, 256, 8>(),
+    Make<Codec16<4>, Codec16<4>, 64, 4>(),  Make<Codec16<4>, Codec16<4>, 64, 8>(),
+    Make<Codec16<4>, Codec16<4>, 128, 4>(), Make<Codec16<4>, Codec16<4>, 128, 8>(),
+    Make<Codec16<1>, Codec16<1>, 256, 4>(), Make<Codec16<1>, Codec16<1>, 256, 8>(),
+    Make<Codec16<4>, Codec12, 128, 4>(),    Make<Codec16<4>, Codec12, 128, 8>(),
 };
 
 const Instance* FindInstance(const AttentionJob& job) {
@@ -31,9 +42,10 @@ const Instance* FindInstance(const AttentionJob& job) {
   const int columns = DecodeColumns(job.group * job.call.tokens);
   for (const Instance& instance : kInstances) {
     bool fits = instance.head_dim == job.key.role.head_dim && instance.columns == columns;
-    for (const Layout* layout : {&key, &value}) {
-      fits = fits && layout->code_bits == instance.code_bits &&
-             layout->index_bits == instance.index_bits;
+    for (int i = 0; i < 2; ++i) {
+      const Layout& layout = i ? value : key;
+      fits = fits && layout.code_bits == instance.code_bits[i] &&
+             layout.index_bits == instance.index_bits[i];
     }
     if (fits) return &instance;
   }

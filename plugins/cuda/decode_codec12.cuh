@@ -15,8 +15,9 @@ namespace hqmq {
 namespace cuda {
 
 struct Codec12 {
-  static constexpr int kCodeBits = 12;
-  static constexpr int kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
+  static constexpr int kCodeBits = 12, kIndexBits = 8;
+  static constexpr uint32_t kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
+  static constexpr bool kRolesShareTable = true;
   static constexpr int kCopies = 16;
 
   template <int D>
@@ -72,33 +73,40 @@ struct Codec12 {
     return out;
   }
 
+  // Bytes of the 8 levels.
+  struct Levels {
+    uint32_t high[2], low[2];
+  };
   // What a lane keeps of one role.
   struct Lane {
-    uint32_t table;            // address of the lane's copy of K's word 0
-    uint32_t high[2], low[2];  // bytes of the 8 levels
+    uint32_t table;  // address of the lane's copy of K's word 0
+    Levels levels;
   };
-  static __device__ __forceinline__ Lane LaneOf(const RoleView& view, uint32_t table, int lane) {
-    Lane out = {table + (lane & (kCopies - 1)) * 8, {0, 0}, {0, 0}};
+  static __device__ __forceinline__ Lane LaneOf(const RoleView& view, uint32_t table, uint32_t,
+                                                int lane) {
+    Lane out = {table + (lane & (kCopies - 1)) * 8, {{0, 0}, {0, 0}}};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint32_t level = HalfFromFloat(view.levels[i]);
-      out.high[i / 4] |= (level >> 8) << (8 * (i & 3));
-      out.low[i / 4] |= (level & 255) << (8 * (i & 3));
+      out.levels.high[i / 4] |= (level >> 8) << (8 * (i & 3));
+      out.levels.low[i / 4] |= (level & 255) << (8 * (i & 3));
     }
     return out;
   }
+  static __device__ __forceinline__ Levels LoadLevels(const Lane& lane) { return lane.levels; }
 
   // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
   // kRole: 0 for K, 1 for V.
   template <int kRole, int kChunks, int kCount>
-  static __device__ __forceinline__ void Decode(const Lane& lane, const Slice<kChunks>& slice,
-                                                int group, uint2 (&out)[kCount]) {
+  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
+                                                const Slice<kChunks>& slice, int group,
+                                                uint2 (&out)[kCount]) {
     const uint32_t nibbles = group & 1 ? slice.nibble[group / 2] >> 16 : slice.nibble[group / 2];
     const uint32_t level = nibbles & 0x7777u;
     const uint32_t sign = ptx::Permute(0x80808080u, 0x80808080u, nibbles);  // 0x80, minus: 0xFF
-    const uint32_t low = ptx::Permute(lane.low[0], lane.low[1], level);
+    const uint32_t low = ptx::Permute(levels.low[0], levels.low[1], level);
     const uint32_t high =
-        ptx::AndXor(sign << 7, 0x80808080u, ptx::Permute(lane.high[0], lane.high[1], level));
+        ptx::AndXor(sign << 7, 0x80808080u, ptx::Permute(levels.high[0], levels.high[1], level));
     const uint32_t radius[2] = {ptx::Permute(low, high, 0x5140), ptx::Permute(low, high, 0x7362)};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -113,7 +121,7 @@ struct Codec12 {
 
   // One role's words of head h, by all threads. Codes beyond the codebook get its last word.
   static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
-                                                   uint32_t table) {
+                                                   uint32_t table, uint32_t) {
     const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
                                 static_cast<int64_t>(h) * view.role.secondaries;
     const int last = 12 * view.role.secondaries - 1;

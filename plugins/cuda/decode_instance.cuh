@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode_codec12.cuh"
+#include "decode_codec16.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {

@@ -18,21 +18,27 @@ struct DecodeBlock {
   typename Key::Lane key;
   typename Value::Lane value;
   typename Key::Where key_codes;
-  typename Value::Where value_codes[2];  // of tokens 2j, 2j+1
+  typename Value::Where value_codes;  // of token 2j
   // Of the problem.
-  QueryLane<D, kColumns> query;
+  static constexpr bool kSharedQuery = D * kColumns > 1024;
+  std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
   float factor[2];            // from sums of products to scores in base 2, by column
   float mean_score[2];        // scores of the page's mean
   int first_seen, last_seen;  // keys [first, last) are seen by all rows
 
   __device__ __forceinline__ void LoadProblem(const DecodeJob& job, const Problem& p,
-                                              const DecodeShared<D>& shared, int lane) {
+                                              DecodeShared<D>* shared, int warp, int lane) {
     const AttentionJob& a = job.attention;
-    query.Load(shared, 1, lane);
+    if constexpr (kSharedQuery) {
+      query.Load(shared, warp, lane);
+      __syncthreads();
+    } else {
+      query.Load(*shared, 1, lane);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = (2 * (lane & 3) + i) & (kColumns - 1);
-      factor[i] = a.scale * 1.44269504f * shared.factor[1][row];
+      factor[i] = a.scale * 1.44269504f * shared->factor[1][row];
       mean_score[i] = 0.0f;
     }
     first_seen = OldestKey(p.last_time, a.window);
@@ -45,8 +51,9 @@ struct DecodeBlock {
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const uint4 x = ptx::LoadShared128(mean + (lane & 3) * (D / 2) + 16 * i);
-      ptx::Mma(sum, x.x, x.x, x.y, x.y, query.chunk[2 * i].x, query.chunk[2 * i].y);
-      ptx::Mma(sum, x.z, x.z, x.w, x.w, query.chunk[2 * i + 1].x, query.chunk[2 * i + 1].y);
+      const uint4 q = query.Two(i);
+      ptx::Mma(sum, x.x, x.x, x.y, x.y, q.x, q.y);
+      ptx::Mma(sum, x.z, x.z, x.w, x.w, q.z, q.w);
     }
     mean_score[0] = sum[0] * factor[0];
     mean_score[1] = sum[1] * factor[1];
@@ -60,6 +67,7 @@ struct DecodeBlock {
     const uint32_t value_at = at + S::kValue + part * S::kValueTile;
     const uint32_t scales_at = at + S::kKeyScales + part * S::kScalesTile;
     float sum[2][4] = {};
+    const typename Key::Levels key_levels = Key::LoadLevels(key);
     typename Key::template Slice<kKeyChunks> k[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -67,12 +75,13 @@ struct DecodeBlock {
 #pragma unroll
     for (int group = 0; group < kKeyChunks / 4; ++group) {
       uint2 x[4], y[4];
-      Key::template Decode<0>(key, k[0], group, x);
-      Key::template Decode<0>(key, k[1], group, y);
+      Key::template Decode<0>(key, key_levels, k[0], group, x);
+      Key::template Decode<0>(key, key_levels, k[1], group, y);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint2 q = query.chunk[4 * group + i];
-        ptx::Mma(sum[i & 1], x[i].x, y[i].x, x[i].y, y[i].y, q.x, q.y);
+      for (int i = 0; i < 2; ++i) {
+        const uint4 q = query.Two(2 * group + i);
+        ptx::Mma(sum[0], x[2 * i].x, y[2 * i].x, x[2 * i].y, y[2 * i].y, q.x, q.y);
+        ptx::Mma(sum[1], x[2 * i + 1].x, y[2 * i + 1].x, x[2 * i + 1].y, y[2 * i + 1].y, q.z, q.w);
       }
     }
     float score[4], scale[2];
@@ -105,18 +114,19 @@ struct DecodeBlock {
     }
     uint32_t weight[kColumns / 2][2];
     rows->Weigh(score, scale, any_hidden, weight);
+    const typename Value::Levels value_levels = Value::LoadLevels(value);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       typename Value::template Slice<kValueChunks> v[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        v[i] = Value::template Load<kValueChunks>(value_at + half * 8 * S::kValueToken,
-                                                  value_codes[i]);
+        v[i] = Value::template Load<kValueChunks>(value_at + (half * 8 + i) * S::kValueToken,
+                                                  value_codes);
 #pragma unroll
       for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
         uint2 x[kValueGroup], y[kValueGroup];
-        Value::template Decode<1>(value, v[0], group, x);
-        Value::template Decode<1>(value, v[1], group, y);
+        Value::template Decode<1>(value, value_levels, v[0], group, x);
+        Value::template Decode<1>(value, value_levels, v[1], group, y);
 #pragma unroll
         for (int i = 0; i < kValueGroup; ++i)
           rows->Add(kValueGroup * group + i, x[i], y[i], half, weight);
@@ -165,11 +175,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   feed.Start(job, first_item, end_item, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
-  self.key = Key::LaneOf(a.key, arena.table, lane);
-  self.value = Value::LaneOf(a.value, arena.table, lane);
+  const uint32_t tables[2] = {arena.table, arena.table + Tables<Key, Value>::kValue};
+  const uint32_t levels[2] = {ptx::SharedAddress(block->levels[0]),
+                              ptx::SharedAddress(block->levels[1])};
+  self.key = Key::LaneOf(a.key, tables[0], levels[0], lane);
+  self.value = Value::LaneOf(a.value, tables[1], levels[1], lane);
   self.key_codes = Key::template WhereOf<D>(lane >> 2, (lane & 3) * (D / 16));
-  self.value_codes[0] = Value::template WhereOf<D>(2 * (lane & 3), (lane >> 2) * (D / 32));
-  self.value_codes[1] = Value::template WhereOf<D>(2 * (lane & 3) + 1, (lane >> 2) * (D / 32));
+  self.value_codes = Value::template WhereOf<D>(2 * (lane & 3), (lane >> 2) * (D / 32));
 
   int head = -1, held = -1;
   for (int item = first_item; item < end_item; ++item) {
@@ -185,13 +197,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     const Problem& p = block->problem;
     if (held != index && p.rows > 0) {
       if (head != p.h) {
-        Key::FillTable(a.key, 0, p.h, arena.table);
-        Value::FillTable(a.value, 1, p.h, arena.table);
+        Key::FillTable(a.key, 0, p.h, tables[0], levels[0]);
+        Value::FillTable(a.value, 1, p.h, tables[1], levels[1]);
         head = p.h;
       }
       LoadQueries<D>(job, p, block, warp, lane);
       __syncthreads();
-      self.LoadProblem(job, p, *block, lane);
+      self.LoadProblem(job, p, block, warp, lane);
     }
     held = index;
     if (p.rows == 0 && split == 0) StoreEmptyRows<D, kColumns>(job, p, 0, warp, lane);

@@ -1,6 +1,8 @@
 // Shared memory of the decode kernel, and the queries and new tokens that it holds as fp16.
 #pragma once
 
+#include <type_traits>
+
 #include "decode_feed.cuh"
 
 namespace hqmq {
@@ -12,7 +14,9 @@ constexpr int kRoundFloats = 4 * kWarp;
 template <int D>
 struct DecodeShared {
   float4 reduce[kDecodeWarps][kRoundFloats / 4];  // also rows of floats
+  uint4 levels[2][8];                             // of K, V, as their codecs want them
   uint16_t query[2][kDecodeRows][D];              // as they are; rotated
+  uint4 lanes[D > 128 ? D / 32 : 1][kWarp];       // of SharedQuery
   uint16_t fresh[2][kMostDecodeTokens][D];        // new tokens of K, V
   float factor[2][kDecodeRows];                   // what query was divided by, powers of two
   float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];
@@ -21,7 +25,18 @@ struct DecodeShared {
   int32_t flag, bad_values;
 };
 
-// Dynamic shared memory: [rings of the first warps] [table, aligned] [rings of the others]
+// The codecs' tables: V's may be K's.
+template <class Key, class Value>
+struct Tables {
+  static constexpr bool kOne = std::is_same<Key, Value>::value && Key::kRolesShareTable;
+  static constexpr uint32_t kValue = kOne ? 0 : Key::kTableBytes;
+  static constexpr uint32_t kBytes = kValue + Value::kTableBytes;
+  static constexpr uint32_t kAlignment =
+      Key::kTableAlignment > Value::kTableAlignment ? Key::kTableAlignment : Value::kTableAlignment;
+  static_assert(kValue % Value::kTableAlignment == 0, "the table of V is aligned");
+};
+
+// Dynamic shared memory: [rings of the first warps] [tables, aligned] [rings of the others]
 // [DecodeShared]. `start`: address of its beginning, at most kMostStart.
 constexpr uint32_t kMostStart = 1024;
 
@@ -31,13 +46,13 @@ struct Arena {
   uint32_t table, first_rings, ring_bytes, rings_before, second_rings, shared;
 
   __host__ __device__ Arena(uint32_t start, int stages) {
-    constexpr uint32_t kAlign = Key::kTableAlignment;
+    constexpr uint32_t kAlign = Tables<Key, Value>::kAlignment;
     ring_bytes = stages * kStageBytes;
     first_rings = (start + 15) & ~15u;
     table = (start + kAlign - 1) & ~(kAlign - 1);
     rings_before = (table - first_rings) / ring_bytes;
     if (rings_before > kDecodeWarps) rings_before = kDecodeWarps;
-    second_rings = table + Key::kTableBytes;
+    second_rings = table + Tables<Key, Value>::kBytes;
     shared = second_rings + (kDecodeWarps - rings_before) * ring_bytes;
   }
   __host__ __device__ uint32_t End() const { return shared + sizeof(DecodeShared<D>); }
@@ -115,6 +130,29 @@ struct QueryLane {
       chunk[2 * i] = make_uint2(x.x, x.y);
       chunk[2 * i + 1] = make_uint2(x.z, x.w);
     }
+  }
+  // Chunks 2i and 2i+1.
+  __device__ __forceinline__ uint4 Two(int i) const {
+    return make_uint4(chunk[2 * i].x, chunk[2 * i].y, chunk[2 * i + 1].x, chunk[2 * i + 1].y);
+  }
+};
+
+// The rotated queries in the same way, where lanes have no registers for them.
+template <int D, int kColumns>
+struct SharedQuery {
+  uint32_t at;
+
+  // All threads; synchronise before and after.
+  __device__ void Load(DecodeShared<D>* shared, int warp, int lane) {
+    at = ptx::SharedAddress(&shared->lanes[0][lane]);
+    if (warp != 0) return;
+    QueryLane<D, kColumns> query;
+    query.Load(*shared, 1, lane);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) shared->lanes[i][lane] = query.Two(i);
+  }
+  __device__ __forceinline__ uint4 Two(int i) const {
+    return ptx::LoadShared128(at + i * (16 * kWarp));
   }
 };
 
