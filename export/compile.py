@@ -16,6 +16,7 @@ from hqmq_trt.manifest import CodebookDigest, Layer, Manifest, ModelFile, record
 from hqmq_trt.output_folder import check_output, new_folder
 from hqmq_trt.scheme import ROLES, Scheme
 
+from . import targets
 from .graph import OPSET, build
 from .interface import attention_implementation
 from .layers import AttentionLayer, find_layers
@@ -45,6 +46,7 @@ def export_model(
     gguf_file: str | None = None,
     fold: bool = True,
     bodies: bool = True,
+    target: str | None = None,
     seed: int = 0,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -62,6 +64,8 @@ def export_model(
         fold: move the Hadamard rotation of V into the weights where the architecture allows it.
         bodies: put ONNX function bodies of HqmqQuantize and HqmqDequantize into a ``qdq`` file, so that any ONNX
             Runtime runs it. TensorRT's parser before 10.13 takes those for the plugins; build_engine drops them itself.
+        target: ``ort``, ``tensorrt-10`` or ``tensorrt-11``: refuse a graph that it does not import (export/targets.py),
+            and write no `bodies` for ``tensorrt-10``. None: the graph that all of them take.
         tokenizer: saved with the model; by default the one found beside it.
         overwrite: replace `output` if it is an earlier export.
         progress: see Progress.
@@ -73,6 +77,7 @@ def export_model(
     chosen = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme, seed)
     if mode not in MODES:
         raise HqmqError(f"unknown mode '{mode}': use {' or '.join(MODES)}")
+    targets.check_target(target)
     check_output(output, overwrite)
     report = progress or (lambda stage, share: None)
     report("load", 0.0)
@@ -85,10 +90,10 @@ def export_model(
         layers = find_layers(source.model, chosen)
         if fold and chosen.value.hadamard:
             layers = [replace(layer, rotate_value=not layer.foldable) for layer in layers]
-        graph = build(source.model, chosen, mode, layers, bodies)
+        graph = build(source.model, chosen, mode, layers, bodies and targets.wants_bodies(target))
         report("capture", 1.0)
         with new_folder(output) as folder:
-            files = _write(graph, source, folder, report)
+            files = _write(graph, source, folder, report, target)
             manifest = _manifest(source, chosen, mode, layers, files, graph)
             manifest.verify_codebooks(folder / MODEL_FILE)
             manifest.save(folder)
@@ -105,7 +110,10 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _write(graph: ir.Model, source: Source, folder: Path, report: Progress) -> list[ModelFile]:
+def _write(
+    graph: ir.Model, source: Source, folder: Path, report: Progress, target: str | None = None
+) -> list[ModelFile]:
+    targets.check_graph(graph, target)
     tensors = [value.const_value for value in graph.graph.initializers.values()]
     external = sum(tensor.nbytes for tensor in tensors if tensor is not None) > _EXTERNAL_ABOVE
     report("write", 0.0)
@@ -119,6 +127,7 @@ def _write(graph: ir.Model, source: Source, folder: Path, report: Progress) -> l
         )
     else:
         ir.save(graph, folder / MODEL_FILE)
+    targets.try_file(folder / MODEL_FILE, target)
     report("write", 1.0)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ from hqmq_trt.manifest import Manifest, ModelFile
 from hqmq_trt.output_folder import check_output, new_folder
 from hqmq_trt.scheme import Scheme
 
-from .. import compile, functions
+from .. import compile, functions, targets
 from ..compile import MODEL_FILE, MODES, Progress, _layer, _write
 from ..layers import AttentionLayer
 from ..source import Source
@@ -124,6 +124,7 @@ def rewrite_model(
     *,
     mode: str = "fused",
     bodies: bool = True,
+    target: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -132,7 +133,7 @@ def rewrite_model(
 
     Args:
         path: the ONNX file, with its external weights and, if it has one, its tokenizer beside it.
-        output, scheme, mode, bodies, seed, overwrite, progress: see hqmq_trt.export.export_model.
+        output, scheme, mode, bodies, target, seed, overwrite, progress: see hqmq_trt.export.export_model.
 
     Raises:
         HqmqError: anything in the file that is not recognised with certainty; the message names the node.
@@ -141,6 +142,7 @@ def rewrite_model(
     chosen = scheme if isinstance(scheme, Scheme) else Scheme.parse(scheme, seed)
     if mode not in MODES:
         raise HqmqError(f"unknown mode '{mode}': use {' or '.join(MODES)}")
+    targets.check_target(target)
     check_output(output, overwrite)
     report = progress or (lambda stage, share: None)
     report("load", 0.0)
@@ -153,7 +155,7 @@ def rewrite_model(
     try:
         try_rows(found.model, found.interface, found.layers, lambda share: report("try", share))
         report("capture", 0.0)
-        hidden_size = _rewrite(found, chosen, mode, bodies)
+        hidden_size = _rewrite(found, chosen, mode, bodies and targets.wants_bodies(target))
     except HqmqError as error:
         raise HqmqError(f"{path}: {error}") from error
     report("capture", 1.0)
@@ -161,7 +163,7 @@ def rewrite_model(
         ir.external_data.load_to_model(found.model)  # small enough to lie in the graph
     with new_folder(output) as folder:
         tokenizer = found.beside if found.beside.tokenizer else None
-        files = _write(found.model, Source(None, tokenizer, path.name), folder, report)
+        files = _write(found.model, Source(None, tokenizer, path.name), folder, report, target)
         manifest = _manifest(found, chosen, mode, path, hidden_size, files)
         manifest.verify_codebooks(folder / MODEL_FILE)
         manifest.save(folder)

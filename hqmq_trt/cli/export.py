@@ -25,6 +25,14 @@ class Mode(str, Enum):
     qdq = "qdq"
 
 
+class Target(str, Enum):
+    """Runtime that the graph must be fit for."""
+
+    ort = "ort"
+    tensorrt_10 = "tensorrt-10"
+    tensorrt_11 = "tensorrt-11"
+
+
 class DType(str, Enum):
     """Type of weights and activations."""
 
@@ -52,6 +60,9 @@ def export(
             "--bodies/--no-bodies", help="ONNX function bodies in a qdq file; other TensorRT tools want none."
         ),
     ] = True,
+    target: Annotated[
+        Target | None, typer.Option(help="Refuse a graph that this runtime does not import [default: one for all].")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Of an .onnx file: say what is recognised, layer by layer; write nothing.")
@@ -82,6 +93,7 @@ def export(
         common: dict[str, Any] = {
             "mode": mode.value,
             "bodies": bodies,
+            "target": target.value if target else None,
             "overwrite": overwrite,
             "progress": progress,
         }
