@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hqmq_trt.errors import HqmqError
 
 from .gguf_reading import reading_once
+from .safetensors_reading import reading_apart
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -87,7 +87,7 @@ def _of_path(source: str, dtype: str | None, gguf_file: str | None) -> Source:
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     name = gguf_file or (path.resolve().name if path.exists() else source)
     chosen = DTYPES[dtype] if dtype else (torch.float32 if gguf_file else "auto")
-    with reading_once() if gguf_file else nullcontext():
+    with reading_once() if gguf_file else reading_apart(chosen):
         model = _model(source, name, chosen, options)
         return Source(model, _tokenizer(source, name, options), name)
 

@@ -92,6 +92,22 @@ def test_missing_weights(source: Path, tmp_path: Path) -> None:
     refuse(path, tmp_path, "w.bin does not exist")
 
 
+def test_linked_weights(source: Path, tmp_path: Path) -> None:
+    """Hard-linked weights, and links out of the folder, which ONNX Runtime would not open either."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / "m.onnx"
+    onnx.save(onnx.load(source), path, save_as_external_data=True, location="w.bin", size_threshold=256)
+    (tmp_path / "other.bin").hardlink_to(folder / "w.bin")
+    refuse(path, tmp_path, "w.bin has several hard links", "copy it (cp)")
+    (folder / "w.bin").unlink()
+    (folder / "w.bin").symlink_to(tmp_path / "other.bin")
+    refuse(path, tmp_path, "are a link to", "other.bin", "cp -rL")
+    (folder / "w.bin").unlink()
+    (tmp_path / "other.bin").rename(folder / "w.bin")
+    assert not analyse(path).problems
+
+
 def test_interface(source: Path, tmp_path: Path) -> None:
     def symbolic(model: Any) -> None:
         dim = next(v for v in model.graph.input if "past" in v.name).type.tensor_type.shape.dim[1]

@@ -28,11 +28,12 @@ NAMED = [Path(name) for name in os.environ.get(VARIABLE, "").split(os.pathsep) i
 PROMPT = "The key-value cache is the memory of a language model. " * 12 + "In short, the key-value cache"
 NEW = 64
 _MEASURED = """
-import resource, sys
+import sys
 from hqmq_trt.export.rewrite import rewrite_model
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from tests.memory_probe import peak
+start = peak()
 rewrite_model(*sys.argv[1:4])
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start))
+print(peak() - start)
 """
 
 pytestmark = [
