@@ -3,7 +3,9 @@
 #include <cstdint>
 
 #include "decode_codec12.cuh"
+#include "decode_codec14.cuh"
 #include "decode_codec16.cuh"
+#include "decode_codec20.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {
@@ -11,7 +13,7 @@ namespace cuda {
 namespace {
 
 struct Instance {
-  int code_bits[2], index_bits[2], head_dim, columns;  // K, V
+  int code_bits[2], index_bits[2], head_dim, columns, rings;  // K, V
   int (*stages)(int shared_limit);
   Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
 };
@@ -23,6 +25,7 @@ constexpr Instance Make() {
           {Key::kIndexBits, Value::kIndexBits},
           D,
           kColumns,
+          I::kRings,
           I::Stages,
           I::Run};
 }
@@ -31,6 +34,12 @@ constexpr Instance kInstances[] = {
     Make<Codec12, Codec12, 64, 4>(),        Make<Codec12, Codec12, 64, 8>(),
     Make<Codec12, Codec12, 128, 4>(),       Make<Codec12, Codec12, 128, 8>(),
     Make<Codec12, Codec12, 256, 4>(),       Make<Codec12, Codec12, 256, 8>(),
+    Make<Codec14<8>, Codec14<8>, 64, 4>(),  Make<Codec14<8>, Codec14<8>, 64, 8>(),
+    Make<Codec14<8>, Codec14<8>, 128, 4>(), Make<Codec14<8>, Codec14<8>, 128, 8>(),
+    Make<Codec14<4>, Codec14<4>, 256, 4>(), Make<Codec14<4>, Codec14<4>, 256, 8>(),
+    Make<Codec20, Codec20, 64, 4>(),        Make<Codec20, Codec20, 64, 8>(),
+    Make<Codec20, Codec20, 128, 4>(),       Make<Codec20, Codec20, 128, 8>(),
+    Make<Codec20, Codec20, 256, 4>(),       Make<Codec20, Codec20, 256, 8>(),
     Make<Codec16<4>, Codec16<4>, 64, 4>(),  Make<Codec16<4>, Codec16<4>, 64, 8>(),
     Make<Codec16<4>, Codec16<4>, 128, 4>(), Make<Codec16<4>, Codec16<4>, 128, 8>(),
     Make<Codec16<1>, Codec16<1>, 256, 4>(), Make<Codec16<1>, Codec16<1>, 256, 8>(),
@@ -138,6 +147,7 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.splits = cut.splits;
   job.page_shift = 0;
   while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
+  job.rings = instance.rings;
   job.stages = instance.stages(gpu.shared_limit);
   job.items = static_cast<int>(cut.problems * cut.splits);
   job.parts = parts;

@@ -48,7 +48,7 @@ struct Cursor {
   __device__ __forceinline__ bool NextItem(const DecodeJob& job, int warp, Problem* problem) {
     while (++item < end_item) {
       *problem = ProblemOf(job, item / job.splits);
-      const Tiles tiles = TilesOf(*problem, item % job.splits, warp);
+      const Tiles tiles = TilesOf(job, *problem, item % job.splits, warp);
       if (tiles.begin == tiles.end) continue;
       // The shuffles tell the compiler that these are one number for the warp.
       first = tile = __shfl_sync(kAllLanes, tiles.begin, 0);
@@ -76,7 +76,7 @@ struct Feed {
   __device__ __forceinline__ void Start(const DecodeJob& job, int first_item, int end_item,
                                         uint32_t ring, int warp, int lane) {
     if constexpr (ptx::kBulkCopies) {
-      if (lane == 0) {
+      if (lane == 0 && warp < job.rings) {
         for (int i = 0; i < job.stages; ++i) ptx::BarrierInit(ring + i * S::kBytes + S::kBarrier);
         ptx::BarrierFence();
       }

@@ -2,21 +2,19 @@
 #pragma once
 
 #include "decode_codec12.cuh"
+#include "decode_codec14.cuh"
 #include "decode_codec16.cuh"
+#include "decode_codec20.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {
 namespace cuda {
 
-template <class Key, class Value, int D>
-size_t DecodeSharedBytes(int stages) {
-  return Arena<Key, Value, D>(kMostStart, stages).End() - kMostStart;
-}
-
 template <class Key, class Value, int D, int kColumns>
 int DecodeInstance<Key, Value, D, kColumns>::Stages(int shared_limit) {
   int stages = kMostStages;
-  while (stages > 1 && DecodeSharedBytes<Key, Value, D>(stages) > static_cast<size_t>(shared_limit))
+  while (stages > 1 &&
+         Arena<Key, Value, D>::Bytes(stages, kRings) > static_cast<uint32_t>(shared_limit))
     --stages;
   return stages;
 }
@@ -25,7 +23,7 @@ template <class Key, class Value, int D, int kColumns>
 Status DecodeInstance<Key, Value, D, kColumns>::Run(const DecodeJob& job, int blocks,
                                                     const Gpu& gpu, cudaStream_t stream) {
   return LaunchEarly(DecodeKernel<Key, Value, D, kColumns>, dim3(static_cast<unsigned>(blocks)),
-                     kDecodeThreads, DecodeSharedBytes<Key, Value, D>(job.stages), stream, job,
+                     kDecodeThreads, Arena<Key, Value, D>::Bytes(job.stages, kRings), stream, job,
                      gpu);
 }
 

@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeJob job) {
   extern __shared__ float4 shared[];
   const uint32_t start = ptx::SharedAddress(shared);
-  const Arena<Key, Value, D> arena(start, job.stages);
+  using Memory = Arena<Key, Value, D>;
+  const Memory arena(start, job.stages, Memory::kRings);
   char* const base = reinterpret_cast<char*>(shared) - start;
   auto* const block = reinterpret_cast<DecodeShared<D>*>(base + arena.shared);
   const AttentionJob& a = job.attention;
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     if (split >= p.splits) continue;
     LaneRows<D, kColumns> rows;
     rows.Clear();
-    const Tiles tiles = TilesOf(p, split, warp);
+    const Tiles tiles = TilesOf(job, p, split, warp);
     using S = Stage<Key, Value, D>;
     for (int tile = tiles.begin; tile < tiles.end;) {
       feed.Wait(job, stage, parity);
@@ -242,6 +243,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 // One instance of the kernel. Defined in decode_*.cu, one file an instance.
 template <class Key, class Value, int D, int kColumns>
 struct DecodeInstance {
+  static constexpr int kRings = Arena<Key, Value, D>::kRings;
   // The most stages that fit into `shared_limit` bytes of shared memory, less than 2: none.
   static int Stages(int shared_limit);
   static Status Run(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);

@@ -11,10 +11,13 @@ namespace cuda {
 // Floats that each warp gives to one round of a block's sums: one accumulator.
 constexpr int kRoundFloats = 4 * kWarp;
 
+// Bytes of one role's levels, and what they are aligned to.
+constexpr uint32_t kLevelBytes = 256;
+
 template <int D>
 struct DecodeShared {
+  uint4 levels[2][kLevelBytes / 16];              // of K, V, as their codecs want them
   float4 reduce[kDecodeWarps][kRoundFloats / 4];  // also rows of floats
-  uint4 levels[2][8];                             // of K, V, as their codecs want them
   uint16_t query[2][kDecodeRows][D];              // as they are; rotated
   uint4 lanes[D > 128 ? D / 32 : 1][kWarp];       // of SharedQuery
   uint16_t fresh[2][kMostDecodeTokens][D];        // new tokens of K, V
@@ -39,26 +42,46 @@ struct Tables {
 // Dynamic shared memory: [rings of the first warps] [tables, aligned] [rings of the others]
 // [DecodeShared]. `start`: address of its beginning, at most kMostStart.
 constexpr uint32_t kMostStart = 1024;
+// What a block may have on an H100.
+constexpr uint32_t kMostShared = 227 * 1024;
 
 template <class Key, class Value, int D>
 struct Arena {
   static constexpr uint32_t kStageBytes = Stage<Key, Value, D>::kBytes;
   uint32_t table, first_rings, ring_bytes, rings_before, second_rings, shared;
 
-  __host__ __device__ Arena(uint32_t start, int stages) {
-    constexpr uint32_t kAlign = Tables<Key, Value>::kAlignment;
-    ring_bytes = stages * kStageBytes;
-    first_rings = (start + 15) & ~15u;
-    table = (start + kAlign - 1) & ~(kAlign - 1);
-    rings_before = (table - first_rings) / ring_bytes;
-    if (rings_before > kDecodeWarps) rings_before = kDecodeWarps;
-    second_rings = table + Tables<Key, Value>::kBytes;
-    shared = second_rings + (kDecodeWarps - rings_before) * ring_bytes;
-  }
-  __host__ __device__ uint32_t End() const { return shared + sizeof(DecodeShared<D>); }
+  __host__ __device__ constexpr Arena(uint32_t start, uint32_t stages, uint32_t rings)
+      : table(Aligned(start, Tables<Key, Value>::kAlignment)),
+        first_rings(Aligned(start, 16)),
+        ring_bytes(stages * kStageBytes),
+        rings_before(Least((table - first_rings) / ring_bytes, rings)),
+        second_rings(table + Tables<Key, Value>::kBytes),
+        shared(Aligned(second_rings + (rings - rings_before) * ring_bytes, kLevelBytes)) {}
+  __host__ __device__ constexpr uint32_t End() const { return shared + sizeof(DecodeShared<D>); }
   __host__ __device__ uint32_t Ring(uint32_t warp) const {
     return warp < rings_before ? first_rings + warp * ring_bytes
                                : second_rings + (warp - rings_before) * ring_bytes;
+  }
+
+  // Bytes to ask for.
+  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages, uint32_t rings) {
+    return Arena(kMostStart, stages, rings).End() - kMostStart;
+  }
+  // Warps that take coded tiles: as many as an H100 has memory for. A constant, as the order of
+  // sums depends on it.
+  static constexpr __host__ __device__ int Rings() {
+    int rings = kDecodeWarps;
+    while (rings > 4 && Bytes(2, rings) > kMostShared) rings -= 4;
+    return rings;
+  }
+  static constexpr int kRings = Rings();
+
+ private:
+  static __host__ __device__ constexpr uint32_t Aligned(uint32_t x, uint32_t to) {
+    return (x + to - 1) & ~(to - 1);
+  }
+  static __host__ __device__ constexpr uint32_t Least(uint32_t x, uint32_t y) {
+    return x < y ? x : y;
   }
 };
 

@@ -56,11 +56,13 @@ struct Tiles {
   int begin, end;
 };
 
-// Coded tiles of one warp of a split, and whether the split is the last one.
-__device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) {
+// Coded tiles of one warp of a split.
+__device__ __forceinline__ Tiles TilesOf(const DecodeJob& job, const Problem& p, int split,
+                                         int warp) {
   const int offset = split * p.per_split, rest = p.tiles - offset;
   const int count = rest < 0 ? 0 : rest < p.per_split ? rest : p.per_split;
-  const int warps = split == p.splits - 1 ? kDecodeWarps - kOwnWarps : kDecodeWarps;
+  constexpr int kLastWarps = kDecodeWarps - kOwnWarps;
+  const int warps = split == p.splits - 1 && job.rings > kLastWarps ? kLastWarps : job.rings;
   const int begin = p.tile + offset;
   if (split >= p.splits || warp >= warps) return {begin, begin};
   return {begin + warp * count / warps, begin + (warp + 1) * count / warps};

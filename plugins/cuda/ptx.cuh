@@ -102,6 +102,11 @@ __device__ __forceinline__ uint2 LoadTable64(uint32_t address) {
   asm("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
   return x;
 }
+__device__ __forceinline__ uint32_t LoadTable16(uint32_t address) {
+  uint16_t x;
+  asm("ld.shared.u16 %0,[%1];" : "=h"(x) : "r"(address));
+  return x;
+}
 __device__ __forceinline__ uint32_t LoadTable32(uint32_t address) {
   uint32_t x;
   asm("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(address));

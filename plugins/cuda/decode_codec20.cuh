@@ -1,0 +1,137 @@
+// Codes of 20 bits (13 index, 6 level, 1 sign: hq5) of a tile in shared memory to pairs of fp16.
+//
+// Each role has one table of all 8192 words, 8 bytes each, at a multiple of 64 KiB, so that a shift
+// and a LOP3 make an address. The 64 levels are fp16 in 128 bytes of shared memory, two to a bank,
+// so that any 32 of them take one wavefront; PRMT makes the address of one (at a multiple of 256).
+//
+// Per 32 chunks: 10.5 instructions besides the MMA's and 7.1 wavefronts of shared memory (6.1 for
+// words, simulated with random indices). At head_dim 128 a tile takes about 32 * 7.1 + 60 = 290
+// wavefronts, where its 2816 bytes take 217 cycles of an H100's memory.
+#pragma once
+
+#include "decode_job.h"
+#include "decode_tile.cuh"
+#include "ptx.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+struct Codec20 {
+  static constexpr int kCodeBits = 20, kIndexBits = 13;
+  static constexpr uint32_t kTableBytes = 8192 * 8, kTableAlignment = kTableBytes;
+  static constexpr bool kRolesShareTable = false;
+
+  template <int D>
+  static constexpr int kStageTiles = D <= 64 ? 2 : 1;
+
+  // Where a lane finds its chunks, from `first` on, of token t of half a tile (8 tokens): 16 bits
+  // of index and lower level, 4 of upper level and sign.
+  struct Where {
+    uint32_t code, nibble;
+  };
+  template <int D>
+  static __device__ __forceinline__ Where WhereOf(int t, int first) {
+    const int token = t * (D / 8 * 5);
+    return {static_cast<uint32_t>(token + 2 * first),
+            static_cast<uint32_t>(token + D / 2 + first / 2)};
+  }
+
+  template <int kChunks>
+  struct Slice {
+    uint32_t codes[kChunks / 2], nibble[(kChunks + 7) / 8];
+  };
+  // Codes of a lane's chunks of one token, from half a tile at address `tile`.
+  template <int kChunks>
+  static __device__ __forceinline__ Slice<kChunks> Load(uint32_t tile, Where where) {
+    const uint32_t at = tile + where.code, nibble = tile + where.nibble;
+    Slice<kChunks> out;
+    if constexpr (kChunks == 2) {
+      out.codes[0] = ptx::LoadShared32(at);
+      out.nibble[0] = ptx::LoadShared8(nibble);
+    } else if constexpr (kChunks == 4) {
+      const uint2 x = ptx::LoadShared64(at);
+      out.codes[0] = x.x;
+      out.codes[1] = x.y;
+      out.nibble[0] = ptx::LoadShared16(nibble);
+    } else {
+      static_assert(kChunks % 8 == 0, "chunks of a lane");
+#pragma unroll
+      for (int i = 0; i < kChunks / 8; ++i) {
+        const uint4 x = ptx::LoadShared128(at + 16 * i);
+        out.codes[4 * i] = x.x;
+        out.codes[4 * i + 1] = x.y;
+        out.codes[4 * i + 2] = x.z;
+        out.codes[4 * i + 3] = x.w;
+        out.nibble[i] = ptx::LoadShared32(nibble + 4 * i);
+      }
+    }
+    return out;
+  }
+
+  // What a lane keeps of one role: addresses of word 0 and of level 0.
+  struct Lane {
+    uint32_t table, levels;
+  };
+  static __device__ __forceinline__ Lane LaneOf(const RoleView&, uint32_t table, uint32_t levels,
+                                                int) {
+    return {table, levels};
+  }
+  struct Levels {};
+  static __device__ __forceinline__ Levels LoadLevels(const Lane&) { return {}; }
+
+  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
+  template <int kRole, int kChunks, int kCount>
+  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels&,
+                                                const Slice<kChunks>& slice, int group,
+                                                uint2 (&out)[kCount]) {
+    const uint32_t code[2] = {slice.codes[2 * group],
+                              slice.codes[kCount == 4 ? 2 * group + 1 : 2 * group]};
+    // Bytes 0, 1: nibbles of chunks 0 and 1, bytes 2, 3: of chunks 2 and 3. Chunks 0, 2 have theirs
+    // in the lower half of a byte, 1, 3 in the upper half.
+    const uint32_t nibbles = ptx::Permute(slice.nibble[group / 2], 0, group & 1 ? 0x3322 : 0x1100);
+    const uint32_t upper = ptx::Permute(code[0], code[1], 0x7531);  // lower level, index 12-8
+    // Bytes: twice the levels.
+    const uint32_t level =
+        (upper >> 4 & 0x0E0E0E0Eu) | (nibbles << 4 & 0x00700070u) | (nibbles & 0x70007000u);
+    uint32_t radius[4];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      radius[i] = ptx::LoadTable16(ptx::Permute(level, lane.levels, 0x7650u | i));
+    if constexpr (kCount == 2) radius[2] = radius[3] = 0;
+    const uint32_t even =
+        ptx::AndXor(nibbles << 12, 0x80008000u, ptx::Permute(radius[0], radius[2], 0x5410));
+    const uint32_t odd =
+        ptx::AndXor(nibbles, 0x80008000u, ptx::Permute(radius[1], radius[3], 0x5410));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t x = code[i / 2], of = i & 1 ? odd : even;
+      const uint2 word =
+          ptx::LoadTable64(ptx::AndOr(i & 1 ? x >> 13 : x << 3, 8191u << 3, lane.table));
+      out[i] = i & 2 ? make_uint2(ptx::MultiplyHigh(word.x, of), ptx::MultiplyHigh(word.y, of))
+                     : make_uint2(ptx::MultiplyLow(word.x, of), ptx::MultiplyLow(word.y, of));
+    }
+  }
+
+  // One role's words and levels of head h, by all threads. Codes beyond the codebook get its last
+  // word.
+  static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
+                                                   uint32_t table, uint32_t levels) {
+    const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
+                                static_cast<int64_t>(h) * view.role.secondaries;
+    const int last = 12 * view.role.secondaries - 1;
+    for (int i = threadIdx.x; i < 8192; i += blockDim.x) {
+      const int word = i < last ? i : last;
+      float out[4];
+      CodewordInFloat(word % 12, secondaries[word / 12], out);
+      ptx::StoreShared64(table + i * 8,
+                         make_uint2(ptx::PackHalf(out[0], out[1]), ptx::PackHalf(out[2], out[3])));
+    }
+    if (threadIdx.x < 32) {
+      const float* two = view.levels + 2 * threadIdx.x;
+      ptx::StoreShared32(levels + 4 * threadIdx.x, ptx::PackHalf(two[0], two[1]));
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace hqmq
