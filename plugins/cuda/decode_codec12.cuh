@@ -39,6 +39,12 @@ struct Codec12 {
             static_cast<uint32_t>(token + kIndexRow<D> + first / 2)};
   }
 
+  // Token of half a tile whose scores are row `row`.
+  template <int D>
+  static __device__ __forceinline__ int TokenOf(int row) {
+    return row;
+  }
+
   template <int kChunks>
   struct Slice {
     uint32_t index[(kChunks + 3) / 4], nibble[(kChunks + 7) / 8];

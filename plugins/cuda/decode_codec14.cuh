@@ -42,6 +42,12 @@ struct Codec14 {
             static_cast<uint32_t>(2 * (first & 3))};
   }
 
+  // Token of half a tile whose scores are row `row`.
+  template <int D>
+  static __device__ __forceinline__ int TokenOf(int row) {
+    return row;
+  }
+
   template <int kChunks>
   struct Slice {
     uint32_t index[(kChunks + 3) / 4], nibble[(kChunks + 7) / 8], pair;
@@ -142,7 +148,8 @@ struct Codec14 {
     const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
                                 static_cast<int64_t>(h) * view.role.secondaries;
     const int last = 12 * view.role.secondaries - 1;
-    for (int i = threadIdx.x; i < 1024; i += blockDim.x) {
+#pragma unroll
+    for (int i = threadIdx.x; i < 1024; i += kDecodeThreads) {
       const int word = i < last ? i : last;
       float out[4];
       CodewordInFloat(word % 12, secondaries[word / 12], out);

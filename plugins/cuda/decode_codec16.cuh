@@ -39,6 +39,13 @@ struct Codec16 {
     return {static_cast<uint32_t>(t * (D / 2) + 2 * first)};
   }
 
+  // Token of half a tile whose scores are row `row`. At head_dim 128 two tokens fill all banks, and
+  // the lanes that load V (rows 0, 2, 4, 6 and then 1, 3, 5, 7) should have even and odd ones.
+  template <int D>
+  static __device__ __forceinline__ int TokenOf(int row) {
+    return D == 128 ? row ^ (row >> 1 & 1) : row;
+  }
+
   template <int kChunks>
   struct Slice {
     uint32_t codes[kChunks / 2];
@@ -121,7 +128,8 @@ struct Codec16 {
     const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
                                 static_cast<int64_t>(h) * view.role.secondaries;
     const int last = 12 * view.role.secondaries - 1;
-    for (int i = threadIdx.x; i < 2048; i += blockDim.x) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 2048; i += kDecodeThreads) {
       const int word = i < last ? i : last;
       float out[4];
       CodewordInFloat(word % 12, secondaries[word / 12], out);

@@ -22,7 +22,7 @@ struct Codec20 {
   static constexpr bool kRolesShareTable = false;
 
   template <int D>
-  static constexpr int kStageTiles = D <= 64 ? 2 : 1;
+  static constexpr int kStageTiles = 1;
 
   // Where a lane finds its chunks, from `first` on, of token t of half a tile (8 tokens): 16 bits
   // of index and lower level, 4 of upper level and sign.
@@ -34,6 +34,12 @@ struct Codec20 {
     const int token = t * (D / 8 * 5);
     return {static_cast<uint32_t>(token + 2 * first),
             static_cast<uint32_t>(token + D / 2 + first / 2)};
+  }
+
+  // Token of half a tile whose scores are row `row`.
+  template <int D>
+  static __device__ __forceinline__ int TokenOf(int row) {
+    return row;
   }
 
   template <int kChunks>
@@ -119,7 +125,8 @@ struct Codec20 {
     const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
                                 static_cast<int64_t>(h) * view.role.secondaries;
     const int last = 12 * view.role.secondaries - 1;
-    for (int i = threadIdx.x; i < 8192; i += blockDim.x) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 8192; i += kDecodeThreads) {
       const int word = i < last ? i : last;
       float out[4];
       CodewordInFloat(word % 12, secondaries[word / 12], out);

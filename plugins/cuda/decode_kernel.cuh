@@ -18,7 +18,7 @@ struct DecodeBlock {
   typename Key::Lane key;
   typename Value::Lane value;
   typename Key::Where key_codes;
-  typename Value::Where value_codes;  // of token 2j
+  typename Value::Where value_codes[2];  // of rows 2j, 2j+1
   // Of the problem.
   static constexpr bool kSharedQuery = D * kColumns > 1024;
   std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
@@ -62,7 +62,7 @@ struct DecodeBlock {
   // One tile: token0 its first token, `part` of the stage at `at`.
   __device__ __forceinline__ void AddTile(const AttentionJob& a, const Problem& p, int token0,
                                           uint32_t at, int part, int lane, Rows* rows) {
-    const int r = lane >> 2;
+    const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
     const uint32_t key_at = at + part * S::kKeyTile;
     const uint32_t value_at = at + S::kValue + part * S::kValueTile;
     const uint32_t scales_at = at + S::kKeyScales + part * S::kScalesTile;
@@ -87,7 +87,7 @@ struct DecodeBlock {
     float score[4], scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t token = 2 * (r + 8 * i);
+      const uint32_t token = 2 * (first_token + 8 * i);
       const float of_key = FloatFromHalf(ptx::LoadShared16(scales_at + token));
       scale[i] =
           FloatFromHalf(ptx::LoadShared16(scales_at + S::kValueScales - S::kKeyScales + token));
@@ -108,7 +108,7 @@ struct DecodeBlock {
       for (int c = 0; c < 4; ++c) {
         const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
         const int time = RowTime(a, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
-        const int t = token0 + r + 8 * (c / 2);
+        const int t = token0 + first_token + 8 * (c / 2);
         if (t < OldestKey(time, a.window) || t >= page) score[c] = MinusInfinity();
       }
     }
@@ -120,8 +120,8 @@ struct DecodeBlock {
       typename Value::template Slice<kValueChunks> v[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        v[i] = Value::template Load<kValueChunks>(value_at + (half * 8 + i) * S::kValueToken,
-                                                  value_codes);
+        v[i] = Value::template Load<kValueChunks>(value_at + half * 8 * S::kValueToken,
+                                                  value_codes[i]);
 #pragma unroll
       for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
         uint2 x[kValueGroup], y[kValueGroup];
@@ -151,10 +151,9 @@ __device__ __forceinline__ bool IsLastPart(const DecodeJob& job, const Problem& 
   return shared->flag != 0;
 }
 
+// All of a block's items.
 template <class Key, class Value, int D, int kColumns>
-__global__ void __launch_bounds__(kDecodeThreads, 1)
-    DecodeKernel(const __grid_constant__ DecodeJob job) {
-  extern __shared__ float4 shared[];
+__device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* shared) {
   const uint32_t start = ptx::SharedAddress(shared);
   using Memory = Arena<Key, Value, D>;
   const Memory arena(start, job.stages, Memory::kRings);
@@ -181,8 +180,12 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
                               ptx::SharedAddress(block->levels[1])};
   self.key = Key::LaneOf(a.key, tables[0], levels[0], lane);
   self.value = Value::LaneOf(a.value, tables[1], levels[1], lane);
-  self.key_codes = Key::template WhereOf<D>(lane >> 2, (lane & 3) * (D / 16));
-  self.value_codes = Value::template WhereOf<D>(2 * (lane & 3), (lane >> 2) * (D / 32));
+  self.key_codes =
+      Key::template WhereOf<D>(Value::template TokenOf<D>(lane >> 2), (lane & 3) * (D / 16));
+  for (int i = 0; i < 2; ++i) {
+    self.value_codes[i] = Value::template WhereOf<D>(Value::template TokenOf<D>(2 * (lane & 3) + i),
+                                                     (lane >> 2) * (D / 32));
+  }
 
   int head = -1, held = -1;
   for (int item = first_item; item < end_item; ++item) {
@@ -238,6 +241,16 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
   // Whoever waits for this kernel must find the one before it complete, too.
   if (threadIdx.x == 0) ptx::GridWait();
+}
+
+template <class Key, class Value, int D, int kColumns>
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    DecodeKernel(const __grid_constant__ DecodeJob job) {
+  extern __shared__ float4 shared[];
+  // Where it could never be launched, it need not be compiled.
+  using Memory = Arena<Key, Value, D>;
+  if constexpr (Memory::Bytes(2, Memory::kRings) <= ptx::kMostShared)
+    DecodeItems<Key, Value, D, kColumns>(job, shared);
 }
 
 // One instance of the kernel. Defined in decode_*.cu, one file an instance.

@@ -127,6 +127,16 @@ __device__ __forceinline__ void CopyWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Bytes of shared memory that a block may have on the GPU that is compiled for.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ / 100 == 12)
+constexpr uint32_t kMostShared = 99 * 1024;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr uint32_t kMostShared = 163 * 1024;
+#else
+constexpr uint32_t kMostShared = 227 * 1024;
+#endif
+
 // Copies of whole tiles by one thread (sm_90): their bytes count against a barrier in shared
 // memory.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
