@@ -38,9 +38,16 @@ TOKENS = (1, 2, 5, 8)
 PRESETS = ("hq3", "hq3.5", "hq4", "hq5")
 CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
-    *[("paper:s96_r4+med3", head_dim) for head_dim in (64, 128)],
-    *[("paper:s24_r3", 128), ("paper:s24_r6", 64), ("k=hq4,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64)],
+    *[("k=hq4,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64)],
 ]
+PLAIN = {
+    "paper:s96_r4+med3": "outliers",
+    "paper:s24_r3": "no instance",
+    "k=hq3,v=hq4": "no instance",
+    "hq3@p8": "fewer than 16 tokens",
+    "fp16": "no codes",
+}
+"""Schemes that the fused kernel leaves to the plain ones, and words of the reason."""
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
 """Of the relative error. Rounding y to bfloat16 alone gives 1.7e-3."""
 
@@ -137,7 +144,7 @@ def test_every_group_dtype_and_number_of_queries_follows_the_reference(name: str
                     assert_same_caches(caches, present)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("paper:s96_r4+med3", 64)])
+@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq4", 64)])
 @pytest.mark.parametrize(
     ("window", "softcap", "sink"),
     [(50, 0.0, False), (700, 0.0, True), (0, 5.0, False), (0, 0.0, True), (65, 3.0, True)],
@@ -174,9 +181,7 @@ def sequence(case: Layer, b: int, capacity: int) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq3", 64), ("hq4", 256), ("paper:s96_r4+med3", 128)]
-)
+@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq3", 64), ("hq4", 256)])
 def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, head_dim: int) -> None:
     case = layer(name, head_dim)
     for tokens, group, dtype in ((1, 4, torch.float16), (5, 7, torch.float16), (8, 16, torch.bfloat16)):
@@ -195,7 +200,7 @@ def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, 
                 assert torch.equal(bits(alone), bits(y[one])), f"length {length}, capacity {capacity}"
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "paper:s96_r4+med3"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_what_lies_behind_the_length_is_not_seen(name: str) -> None:
     """Codes, scales and means of later pages, and rows of the tail that hold no token, may be anything."""
     case = layer(name, 128)
@@ -270,3 +275,11 @@ def test_calls_it_does_not_take_are_served_by_the_plain_kernels() -> None:
     y = case.attend((q, k, v), past, new, case.clone())
     expected = case.attend((q, k, v), past, new, case.clone(), reference=True)
     assert_close(y, expected, new, 1e-4)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_schemes_it_does_not_take_say_why(name: str) -> None:
+    q, k = torch.zeros(1, 4, 1, 128, dtype=torch.float16), torch.zeros(1, 1, 1, 128, dtype=torch.float16)
+    path, why = attention_path(q, k, 4, Scheme.parse(name))
+    assert path == 0
+    assert PLAIN[name] in why
