@@ -237,27 +237,7 @@ def run_genai(path: Path, lengths: Any = cases.LENGTHS, dim: int = 16) -> list[t
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    inputs = {value.name: value for value in session.get_inputs()}
-    names, ids, result = [value.name for value in session.get_outputs()], cases.tokens(), []
-    for b in range(3):
-        past = {
-            name: np.zeros((1, value.shape[1], 0 if growing else ROOM, dim), np.float32)
-            for name, value in inputs.items()
-            if "past" in name
-        }
-        done, rows = 0, []
-        for new in lengths:
-            if not (count := new[b]):
-                continue
-            feed = {"input_ids": ids[b : b + 1, done : done + count], **past}
-            done += count
-            feed["attention_mask"] = np.ones((1, done), np.int64)
-            feed["position_ids"] = np.arange(done - count, done)[None]
-            found = dict(zip(names, session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True))
-            rows.append(torch.from_numpy(found["logits"][0]))
-            past = {n.replace("present", "past_key_values"): v for n, v in found.items() if n != "logits"}
-        result.append(torch.cat(rows))
-    return result
+    return cases.run_alone(session, lengths, 0 if growing else ROOM, dim)
 
 
 def lone(op: str, inputs: list[Any], outputs: int = 1, domain: str = "com.microsoft", **attributes: Any) -> Any:

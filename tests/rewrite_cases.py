@@ -217,12 +217,21 @@ def run_held(model: onnx.ModelProto, kept: list[Held], lengths: Any = LENGTHS) -
 def run_original(model: onnx.ModelProto, lengths: Any = LENGTHS, rounded: bool = True) -> list[Tensor]:
     """The same, each sequence on its own with the model's own cache. `rounded`: new K and V go through float16, as in
     a cache of scheme fp16."""
-    session = open_original(round_cache(model) if rounded else model)
+    return run_alone(open_original(round_cache(model) if rounded else model), lengths)
+
+
+def run_alone(session: Any, lengths: Any = LENGTHS, rows: int = 0, dim: int | None = None) -> list[Tensor]:
+    """Logits [tokens, V] of each of three sequences on its own in a decoder with its own cache, which begins with
+    `rows` rows of zeros; `dim`: head_dim, where the file does not tell it."""
     inputs = {value.name: value for value in session.get_inputs()}
     names, ids, result = [value.name for value in session.get_outputs()], tokens(), []
     for b in range(3):
-        past = {n: np.zeros((1, v.shape[1], 0, v.shape[3]), np.float32) for n, v in inputs.items() if "past" in n}
-        done, rows = 0, []
+        past = {
+            name: np.zeros((1, value.shape[1], rows, dim or value.shape[3]), np.float32)
+            for name, value in inputs.items()
+            if "past" in name
+        }
+        done, found_rows = 0, []
         for new in lengths:
             if not (count := new[b]):
                 continue
@@ -231,9 +240,9 @@ def run_original(model: onnx.ModelProto, lengths: Any = LENGTHS, rounded: bool =
             feed["attention_mask"] = np.ones((1, done), np.int64)
             feed["position_ids"] = np.arange(done - count, done)[None]
             found = dict(zip(names, session.run(None, {k: v for k, v in feed.items() if k in inputs}), strict=True))
-            rows.append(torch.from_numpy(found["logits"][0]))
+            found_rows.append(torch.from_numpy(found["logits"][0]))
             past = {n.replace("present", "past_key_values"): v for n, v in found.items() if n != "logits"}
-        result.append(torch.cat(rows))
+        result.append(torch.cat(found_rows))
     return result
 
 

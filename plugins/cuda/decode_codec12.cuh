@@ -7,9 +7,7 @@
 // bytes of four fp16 levels at a time.
 #pragma once
 
-#include "decode_job.h"
-#include "decode_tile.cuh"
-#include "ptx.cuh"
+#include "decode_words.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -118,31 +116,21 @@ struct Codec12 {
     for (int i = 0; i < kCount; ++i) {
       const uint32_t at = ptx::Permute(slice.index[group], lane.table, 0x7604u | i << 4);
       const uint2 word = ptx::LoadTable64(at + kRole * 128);
-      out[i] = i & 1 ? make_uint2(ptx::MultiplyHigh(word.x, radius[i / 2]),
-                                  ptx::MultiplyHigh(word.y, radius[i / 2]))
-                     : make_uint2(ptx::MultiplyLow(word.x, radius[i / 2]),
-                                  ptx::MultiplyLow(word.y, radius[i / 2]));
+      out[i] = TimesRadius(word, radius[i / 2], i & 1);
     }
   }
 
   // One role's words of head h, by all threads. Codes beyond the codebook get its last word.
   static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
                                                    uint32_t table, uint32_t) {
-    const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
-                                static_cast<int64_t>(h) * view.role.secondaries;
-    const int last = 12 * view.role.secondaries - 1;
-    for (int i = threadIdx.x; i < 256; i += blockDim.x) {
-      const int word = i < last ? i : last;
-      float out[4];
-      CodewordInFloat(word % 12, secondaries[word / 12], out);
-      const uint2 entry = make_uint2(ptx::PackHalf(out[0], out[1]), ptx::PackHalf(out[2], out[3]));
-      // Lanes begin with different copies: rows lie in the same banks.
+    FillWords<256>(view, h, [&](int i, uint2 entry) {
+    // Lanes begin with different copies: rows lie in the same banks.
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy) {
         const int at = (copy + i) & (kCopies - 1);
         ptx::StoreShared64(table + i * 256 + role * 128 + at * 8, entry);
       }
-    }
+    });
   }
 };
 

@@ -10,9 +10,7 @@
 // wavefronts, where its 1920 bytes take 148 cycles of an H100's memory.
 #pragma once
 
-#include "decode_job.h"
-#include "decode_tile.cuh"
-#include "ptx.cuh"
+#include "decode_words.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -134,10 +132,7 @@ struct Codec14 {
       const uint32_t low_bytes = ptx::Permute(slice.index[group], row, (i << 4) | (4 + i));
       const uint2 word =
           ptx::LoadTable64(ptx::Permute(low_bytes, lane.table, 0x7610) + kRole * kRoleBytes);
-      out[i] = i & 1 ? make_uint2(ptx::MultiplyHigh(word.x, radius[i / 2]),
-                                  ptx::MultiplyHigh(word.y, radius[i / 2]))
-                     : make_uint2(ptx::MultiplyLow(word.x, radius[i / 2]),
-                                  ptx::MultiplyLow(word.y, radius[i / 2]));
+      out[i] = TimesRadius(word, radius[i / 2], i & 1);
     }
   }
 
@@ -145,20 +140,12 @@ struct Codec14 {
   // word.
   static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
                                                    uint32_t table, uint32_t levels) {
-    const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
-                                static_cast<int64_t>(h) * view.role.secondaries;
-    const int last = 12 * view.role.secondaries - 1;
-#pragma unroll
-    for (int i = threadIdx.x; i < 1024; i += kDecodeThreads) {
-      const int word = i < last ? i : last;
-      float out[4];
-      CodewordInFloat(word % 12, secondaries[word / 12], out);
-      const uint2 entry = make_uint2(ptx::PackHalf(out[0], out[1]), ptx::PackHalf(out[2], out[3]));
+    FillWords<1024>(view, h, [&](int i, uint2 entry) {
       const uint32_t row = table + (i & 255) * 256 + (i >> 8) * 64 + role * kRoleBytes;
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy)  // lanes begin with different ones
         ptx::StoreShared64(row + ((copy + i) & (kCopies - 1)) * 8, entry);
-    }
+    });
     if (threadIdx.x < 4) {  // words of four low bytes, then of four high bytes
       uint32_t bytes = 0;
 #pragma unroll

@@ -12,9 +12,7 @@
 // H100's memory. Shared memory binds, at 3/4 of the speed of memory.
 #pragma once
 
-#include "decode_job.h"
-#include "decode_tile.cuh"
-#include "ptx.cuh"
+#include "decode_words.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -114,10 +112,7 @@ struct Codec16 {
       const uint32_t at = ptx::AndOr(i & 1 ? x >> (16 - kWordShift) : x << kWordShift,
                                      2047u << kWordShift, lane.table);
       const uint2 word = ptx::LoadTable64(at);
-      out[i] = i & 1 ? make_uint2(ptx::MultiplyHigh(word.x, radius[i / 2]),
-                                  ptx::MultiplyHigh(word.y, radius[i / 2]))
-                     : make_uint2(ptx::MultiplyLow(word.x, radius[i / 2]),
-                                  ptx::MultiplyLow(word.y, radius[i / 2]));
+      out[i] = TimesRadius(word, radius[i / 2], i & 1);
     }
   }
 
@@ -125,19 +120,11 @@ struct Codec16 {
   // word.
   static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
                                                    uint32_t table, uint32_t levels) {
-    const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
-                                static_cast<int64_t>(h) * view.role.secondaries;
-    const int last = 12 * view.role.secondaries - 1;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 2048; i += kDecodeThreads) {
-      const int word = i < last ? i : last;
-      float out[4];
-      CodewordInFloat(word % 12, secondaries[word / 12], out);
-      const uint2 entry = make_uint2(ptx::PackHalf(out[0], out[1]), ptx::PackHalf(out[2], out[3]));
+    FillWords<2048>(view, h, [&](int i, uint2 entry) {
 #pragma unroll
       for (int copy = 0; copy < kCopies; ++copy)
         ptx::StoreShared64(table + (i << kWordShift) + copy * 8, entry);
-    }
+    });
     if (threadIdx.x < 8) {  // words of four low bytes, then of four high bytes
       uint32_t bytes = 0;
 #pragma unroll

@@ -9,9 +9,7 @@
 // wavefronts, where its 2816 bytes take 217 cycles of an H100's memory.
 #pragma once
 
-#include "decode_job.h"
-#include "decode_tile.cuh"
-#include "ptx.cuh"
+#include "decode_words.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -113,8 +111,7 @@ struct Codec20 {
       const uint32_t x = code[i / 2], of = i & 1 ? odd : even;
       const uint2 word =
           ptx::LoadTable64(ptx::AndOr(i & 1 ? x >> 13 : x << 3, 8191u << 3, lane.table));
-      out[i] = i & 2 ? make_uint2(ptx::MultiplyHigh(word.x, of), ptx::MultiplyHigh(word.y, of))
-                     : make_uint2(ptx::MultiplyLow(word.x, of), ptx::MultiplyLow(word.y, of));
+      out[i] = TimesRadius(word, of, i & 2);
     }
   }
 
@@ -122,17 +119,7 @@ struct Codec20 {
   // word.
   static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
                                                    uint32_t table, uint32_t levels) {
-    const float4* secondaries = reinterpret_cast<const float4*>(view.secondaries) +
-                                static_cast<int64_t>(h) * view.role.secondaries;
-    const int last = 12 * view.role.secondaries - 1;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 8192; i += kDecodeThreads) {
-      const int word = i < last ? i : last;
-      float out[4];
-      CodewordInFloat(word % 12, secondaries[word / 12], out);
-      ptx::StoreShared64(table + i * 8,
-                         make_uint2(ptx::PackHalf(out[0], out[1]), ptx::PackHalf(out[2], out[3])));
-    }
+    FillWords<8192>(view, h, [&](int i, uint2 entry) { ptx::StoreShared64(table + i * 8, entry); });
     if (threadIdx.x < 32) {
       const float* two = view.levels + 2 * threadIdx.x;
       ptx::StoreShared32(levels + 4 * threadIdx.x, ptx::PackHalf(two[0], two[1]));
