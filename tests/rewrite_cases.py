@@ -81,7 +81,7 @@ class Flat(torch.nn.Module):
 def _example(model: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
     config = model.config.get_text_config()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (2, config.num_key_value_heads, 5, dim)
+    shape = (2, getattr(config, "num_key_value_heads", None) or config.num_attention_heads, 5, dim)
     layers = range(config.num_hidden_layers)
     past = [tuple(torch.zeros(shape, dtype=model.dtype) for _ in range(2)) for _ in layers]
     ids = torch.ones(2, 3, dtype=torch.int64)

@@ -3,7 +3,7 @@
 Found by value, from the outputs upwards. Cases of a value that depends on removed inputs:
 1. it equals past + row in every case tried, shape [B, T] or [1, T], dimensions of 1 in between: our positions;
 2. it equals the number of sequences or of new rows: the size of input_ids;
-3. it is the same in every case: a constant;
+3. it is the same in every case, and for a very long sequence: a constant;
 anything else is looked for above it, up to the removed input itself, which is an error.
 """
 
@@ -25,6 +25,8 @@ from .interface import INTEGERS, Interface
 from .walk import name, standard, users
 
 _CASES = (Case(2, 3, 5), Case(3, 4, 7), Case(2, 5, 0), Case(5, 1, 11))
+_FAR = Case(1, 1, 1 << 18)
+"""Longer than what a model may ask a length for: some choose their rotary frequencies by it (longrope)."""
 _CONSTANT = 64
 """Elements of a value that may become a constant."""
 _ROWWISE = frozenset(
@@ -152,7 +154,26 @@ def _meanings(
         meaning = _meaning(value, arrays) if arrays else None
         if meaning is not None:
             found[id(value)] = meaning
+    _check_constants(model, interface, [each for each in found.values() if each.meaning == "constant"])
     return found
+
+
+def _check_constants(model: ir.Model, interface: Interface, constants: Sequence[Redirection]) -> None:
+    """Whether they are what they were for a very long sequence too.
+
+    Raises:
+        HqmqError: one is not.
+    """
+    for each in constants:
+        assert each.array is not None
+        far = Part(model, interface, [each.value]).run(_FAR)[0]
+        if far.shape != each.array.shape or not np.array_equal(far, each.array):
+            node = each.value.producer()
+            where = name(node) if node is not None else str(each.value.name)
+            raise HqmqError(
+                f"{where}: '{each.value.name}' depends on how long a sequence is (as frequencies of longrope do); "
+                "this is not supported in ONNX files: export the model from its Hugging Face folder"
+            )
 
 
 def _evaluate(model: ir.Model, interface: Interface, values: Sequence[ir.Value]) -> list[list[NDArray[Any]]]:
