@@ -164,9 +164,11 @@ def _check_constants(model: ir.Model, interface: Interface, constants: Sequence[
     Raises:
         HqmqError: one is not.
     """
-    for each in constants:
+    if not constants:
+        return
+    arrays = Part(model, interface, [each.value for each in constants]).run(_FAR)
+    for each, far in zip(constants, arrays, strict=True):
         assert each.array is not None
-        far = Part(model, interface, [each.value]).run(_FAR)[0]
         if far.shape != each.array.shape or not np.array_equal(far, each.array):
             node = each.value.producer()
             where = name(node) if node is not None else str(each.value.name)
