@@ -71,19 +71,26 @@ HQMQ_HD F ChunkLevel(Gain gain, int radius_bits, F norm2, F projection, F scale,
   return level;
 }
 
-// Code of a chunk as an integer in F (at most 23 bits, exact). norm2 below 0 marks an outlier: code
-// 0. scale 0 (a token of zeros, or a non-finite one) gives code 0.
+// Code of a chunk as an integer in F (at most 23 bits, exact) from its nearest word. norm2 below 0
+// marks an outlier: code 0. scale 0 (a token of zeros, or a non-finite one) gives code 0.
 template <class F>
-HQMQ_HD F ChunkCode(const RoleParams& role, const Layout& layout, const F x[4], F norm2, F scale,
-                    const float* secondaries, const float* middles) {
+HQMQ_HD F CodeOf(const RoleParams& role, const Layout& layout, const Nearest<F>& near, F norm2,
+                 F scale, const float* middles) {
   using L = Lanes<F>;
   const F zero = L::Set(0.0f);
-  const Nearest<F> near = NearestWord(x, secondaries, role.secondaries);
   const F level = ChunkLevel(role.gain, role.radius_bits, norm2, near.projection, scale, middles);
   const F level_unit = L::Set(static_cast<float>(1 << layout.index_bits));
   const F sign_unit = L::Set(static_cast<float>(1 << (layout.index_bits + layout.radius_bits)));
   const F code = Add(near.word, Add(Mul(level, level_unit), Mul(near.negative, sign_unit)));
   return Select(And(Less(zero, scale), LessEqual(zero, norm2)), code, zero);
+}
+
+// CodeOf of chunk x.
+template <class F>
+HQMQ_HD F ChunkCode(const RoleParams& role, const Layout& layout, const F x[4], F norm2, F scale,
+                    const float* secondaries, const float* middles) {
+  const Nearest<F> near = NearestWord(x, secondaries, role.secondaries);
+  return CodeOf(role, layout, near, norm2, scale, middles);
 }
 
 // k-th smallest (from 0) of n non-negative floats: their bits order as they do. norm2(i) gives the

@@ -34,23 +34,13 @@ struct Nearest {
   F projection;  // ⟨x, codeword⟩ ≥ 0
 };
 
-// secondaries: [count, 4]. The first best secondary wins ties, the axis units before the half
-// units.
+// The word of secondary q = (q0, q1, q2, q3), number `which`, that is nearest to x; the axis units
+// before the half units. best: its score.
 template <class F>
-HQMQ_HD Nearest<F> NearestWord(const F x[4], const float* secondaries, int count) {
+HQMQ_HD Nearest<F> WordOf(const F x[4], F q0, F q1, F q2, F q3, F which, F best) {
   using L = Lanes<F>;
-  F v[4], axis, half, best = L::Set(-1.0f), which = L::Set(0.0f);
-  for (int s = 0; s < count; ++s) {
-    const float* q = secondaries + 4 * s;
-    RotateByConjugate(x, L::Set(q[0]), L::Set(q[1]), L::Set(q[2]), L::Set(q[3]), v);
-    UnitScores(v, &axis, &half);
-    const F score = Max(axis, half);
-    const auto better = Less(best, score);
-    best = Select(better, score, best);
-    which = Select(better, L::Set(static_cast<float>(s)), which);
-  }
-  RotateByConjugate(x, L::Gather(secondaries, which, 4), L::Gather(secondaries + 1, which, 4),
-                    L::Gather(secondaries + 2, which, 4), L::Gather(secondaries + 3, which, 4), v);
+  F v[4], axis, half;
+  RotateByConjugate(x, q0, q1, q2, q3, v);
   UnitScores(v, &axis, &half);
 
   const F zero = L::Set(0.0f), one = L::Set(1.0f);
@@ -73,6 +63,25 @@ HQMQ_HD Nearest<F> NearestWord(const F x[4], const float* secondaries, int count
   out.negative = Select(is_axis, axis_negative, Select(minus, one, zero));
   out.projection = best;
   return out;
+}
+
+// secondaries: [count, 4]. The first best secondary wins ties.
+template <class F>
+HQMQ_HD Nearest<F> NearestWord(const F x[4], const float* secondaries, int count) {
+  using L = Lanes<F>;
+  F v[4], axis, half, best = L::Set(-1.0f), which = L::Set(0.0f);
+  for (int s = 0; s < count; ++s) {
+    const float* q = secondaries + 4 * s;
+    RotateByConjugate(x, L::Set(q[0]), L::Set(q[1]), L::Set(q[2]), L::Set(q[3]), v);
+    UnitScores(v, &axis, &half);
+    const F score = Max(axis, half);
+    const auto better = Less(best, score);
+    best = Select(better, score, best);
+    which = Select(better, L::Set(static_cast<float>(s)), which);
+  }
+  return WordOf(x, L::Gather(secondaries, which, 4), L::Gather(secondaries + 1, which, 4),
+                L::Gather(secondaries + 2, which, 4), L::Gather(secondaries + 3, which, 4), which,
+                best);
 }
 
 }  // namespace HQMQ_ISA

@@ -1,364 +1,63 @@
-// HqmqQuantize on the GPU: bytes of docs/format.md, by the codec headers that the host runs.
-#include "kernels.h"
-#include "ptx.cuh"
+// HqmqQuantize on the GPU: which kernel codes the pages that fill, and the tails.
+#include "encode_job.h"
+#include "tails.cuh"
 
 namespace hqmq {
 namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr size_t kSharedLimit = 96 * 1024;  // what every GPU from sm_80 on gives a block
-constexpr int kMostLevels = 256;
-
-// Shared memory of EncodePages, before the page's floats.
-struct PageScratch {
-  float middles[kMostLevels];
-  float mean[kMaxHeadDim];
-  int32_t bins[256];
-  int32_t chosen_bin, rank, above, larger;
-};
-
-__host__ __device__ size_t FixedShared(const RoleParams& role) {
-  return sizeof(PageScratch) + sizeof(float) * (4 * role.secondaries + 2 * role.page_size);
-}
-
-// The page's values and norms: in shared memory where they fit, else in the workspace.
-__host__ __device__ size_t PageFloats(const RoleParams& role) {
-  return static_cast<size_t>(role.page_size) * (role.head_dim + role.head_dim / 4);
-}
-
-__host__ __device__ bool FitsShared(const RoleParams& role) {
-  return FixedShared(role) + sizeof(float) * PageFloats(role) <= kSharedLimit;
-}
-
-__host__ __device__ int MostPages(int tokens, int page_size) {
-  return (page_size - 1 + tokens) / page_size;
-}
-
-// TreeSum of hadamard.h over count (a power of two, at most 1024) values a stride apart: pairs
-// that lie half the count apart are summed first, so that in bit-reversed order partial sums can be
-// added as soon as two of one size are there.
-__device__ float ColumnSum(const float* x, int count, int stride) {
-  float partial[10] = {}, sum = 0.0f;
-  const int bits = 31 - __clz(count);
-  for (int n = 0; n < count; ++n) {
-    const int t = static_cast<int>(__brev(static_cast<unsigned>(n)) >> (32 - bits));
-    sum = x[static_cast<int64_t>(t) * stride];
-    bool carry = true;
-#pragma unroll
-    for (int k = 0; k < 10; ++k) {
-      if (!carry) continue;
-      if (n >> k & 1) {
-        sum = Add(partial[k], sum);
-      } else {
-        partial[k] = sum;
-        carry = false;
-      }
-    }
-  }
-  return sum;
-}
-
-// KthSmallest of encode.h by a whole block.
-__device__ float BlockKthSmallest(const float* norm2, int n, int k, PageScratch* scratch) {
-  uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < 256; i += kThreads) scratch->bins[i] = 0;
-    __syncthreads();
-    const uint32_t above = shift == 24 ? 0 : ~0u << (shift + 8);
-    for (int i = threadIdx.x; i < n; i += kThreads) {
-      const uint32_t bits = BitCast<uint32_t>(norm2[i]);
-      if ((bits & above) == prefix) atomicAdd(&scratch->bins[bits >> shift & 255], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x < kWarp) {
-      const int lane = threadIdx.x;
-      int own = 0;
-      for (int i = 0; i < 8; ++i) own += scratch->bins[8 * lane + i];
-      int through = own;
-      for (int offset = 1; offset < kWarp; offset *= 2) {
-        const int left = __shfl_up_sync(kAllLanes, through, offset);
-        if (lane >= offset) through += left;
-      }
-      int rank = k - (through - own);
-      if (rank >= 0 && rank < own) {
-        int bin = 8 * lane;
-        while (rank >= scratch->bins[bin]) rank -= scratch->bins[bin++];
-        scratch->chosen_bin = bin;
-        scratch->rank = rank;
-      }
-    }
-    __syncthreads();
-    prefix |= static_cast<uint32_t>(scratch->chosen_bin) << shift;
-    k = scratch->rank;
-  }
-  __syncthreads();
-  return BitCast<float>(prefix);
-}
-
-__device__ int CountAbove(const float* norm2, int n, float bound, int32_t* counter) {
-  if (threadIdx.x == 0) *counter = 0;
-  __syncthreads();
-  int own = 0;
-  for (int i = threadIdx.x; i < n; i += kThreads) own += Less(bound, norm2[i]);
-  atomicAdd(counter, own);
-  __syncthreads();
-  return *counter;
-}
-
-// ChooseOutliers of encode.h by a whole block: mask and values of a page, kOutlierMark in norm2.
-__device__ int StoreOutliers(const RoleView& view, int64_t page, const float* x, float* norm2,
-                             PageScratch* scratch) {
-  const RoleParams& role = view.role;
-  const int n = role.page_size * (role.head_dim / 4), capacity = role.outlier_capacity;
-  int32_t* mask = view.cache.outlier_mask + page * view.mask_words;
-  uint2* values = reinterpret_cast<uint2*>(view.cache.outlier_value) + page * capacity;
-  const float bound = Mul(kOutlierFactorSquared, BlockKthSmallest(norm2, n, (n - 1) / 2, scratch));
-  const int above = CountAbove(norm2, n, bound, &scratch->above);
-  const bool full = above > capacity;
-  float least = bound;
-  int ties = 0;
-  if (full) {
-    least = BlockKthSmallest(norm2, n, n - capacity, scratch);
-    ties = capacity - CountAbove(norm2, n, least, &scratch->larger);
-  }
-  if (threadIdx.x < kWarp) {  // in order, by one warp
-    const int lane = threadIdx.x;
-    const uint32_t below = (1u << lane) - 1;
-    int slot = 0;
-    for (int word = 0; word < view.mask_words - 1; ++word) {
-      const int i = 32 * word + lane;
-      const float norm = i < n ? norm2[i] : 0.0f;
-      const bool tie = full && i < n && norm == least;
-      const uint32_t tied = __ballot_sync(kAllLanes, tie);
-      const bool wins = i < n && (Less(least, norm) || (tie && __popc(tied & below) < ties));
-      ties = ties > __popc(tied) ? ties - __popc(tied) : 0;
-      const uint32_t chosen = __ballot_sync(kAllLanes, wins);
-      if (wins) {
-        uint32_t half[4];
-        for (int k = 0; k < 4; ++k)
-          half[k] = HalfFromFloat(Max(-kHalfMax, Min(x[4 * i + k], kHalfMax)));
-        values[slot + __popc(chosen & below)] =
-            make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
-        norm2[i] = kOutlierMark;
-      }
-      if (lane == 0) mask[word] = static_cast<int32_t>(chosen);
-      slot += __popc(chosen);
-    }
-    for (int i = slot + lane; i < capacity; i += kWarp) values[i] = make_uint2(0, 0);
-    if (lane == 0) mask[view.mask_words - 1] = full ? above - capacity : 0;
-  }
-  __syncthreads();
-  return full ? above - capacity : 0;
-}
-
-// TokenScale of encode.h by a warp. norm2: of the token's chunks, at most 64.
-__device__ float WarpTokenScale(const RoleParams& role, const float* norm2, int chunks, int lane) {
-  const float first = lane < chunks ? norm2[lane] : 0.0f;
-  const float second = lane + kWarp < chunks ? norm2[lane + kWarp] : 0.0f;
-  if (role.gain == Gain::kMax) {
-    const float largest = WarpMax(Max(Max(first, 0.0f), second));
-    return Min(Div(Sqrt(largest), static_cast<float>((1 << role.radius_bits) - 1)), kHalfMax);
-  }
-  const int kept =
-      WarpSum((lane < chunks && first >= 0.0f) + (lane + kWarp < chunks && second >= 0.0f));
-  // Padding with zeros to 64 leaves a tree sum as it is.
-  const float sum = WarpSum(Add(Max(first, 0.0f), Max(second, 0.0f)));
-  const float elements = Mul(4.0f, Max(static_cast<float>(kept), 1.0f));
-  return Min(Sqrt(Div(sum, elements)), kHalfMax);
-}
-
-// Word w of a token from its codes (codec/layout.h). Fields do not cross words.
-__device__ uint32_t PackedWord(const Layout& layout, const float* codes, int w) {
-  uint32_t word = 0;
-  for (int i = 0; i < layout.num_planes; ++i) {
-    const Plane& plane = layout.planes[i];
-    const int begin = 32 * w - plane.offset, end = begin + 32;
-    if (end <= 0) continue;
-    const int last = end / plane.width < layout.chunks ? end / plane.width : layout.chunks;
-    for (int c = begin > 0 ? begin / plane.width : 0; c < last; ++c) {
-      const uint32_t code = static_cast<uint32_t>(BitCast<int32_t>(codes[c]));
-      const uint32_t field = code >> plane.shift & ((1u << plane.width) - 1);
-      word |= field << (c * plane.width - begin);
-    }
-  }
-  return word;
-}
-
-// A page of storage fp16: two elements a word.
-__device__ void CopyPage(const RoleView& view, const Span& span, int b, int h, int64_t lane,
-                         int first, int32_t* codes) {
-  const int half_dim = view.role.head_dim / 2;
-  for (int i = threadIdx.x; i < view.role.page_size * half_dim; i += kThreads) {
-    const int t = first + i / half_dim, element = 2 * (i % half_dim);
-    const uint32_t low = TokenHalf(view, span, b, h, lane, t, element);
-    const uint32_t high = TokenHalf(view, span, b, h, lane, t, element + 1);
-    codes[i] = static_cast<int32_t>(low | high << 16);
-  }
-}
-
-// One new token of one head by one warp: its row of the tail, and what the status counts.
-__device__ void WriteTail(const AppendJob& job, const RoleView& view, const Span& span, int role,
-                          int b, int h, int64_t lane, int i, int warp_lane) {
-  const int p = view.role.page_size, d = view.role.head_dim;
-  if (job.status && i == 0 && h == 0 && role == 0 && span.lost && warp_lane == 0)
-    atomicAdd(&job.status->no_page, span.lost);
-  const int t = span.past + i;
-  const bool kept = t < span.end && t >= span.end - p;
-  if (t >= span.end + span.lost || (!kept && !job.status)) return;
-  const int64_t from = RowStart(view.x, b, h, i);
-  uint16_t* to = view.cache.tail + (lane * p + t % p) * d;
-  bool bad = false;
-  for (int k = warp_lane; k < d; k += kWarp) {
-    const uint16_t half = LoadHalf(view.x, from + k);
-    bad = bad || (half & 0x7C00) == 0x7C00;
-    if (kept) to[k] = half;
-  }
-  if (job.status && __ballot_sync(kAllLanes, bad) && warp_lane == 0)
-    atomicAdd(&job.status->not_finite, 1);
-}
-
-// One page that fills in this call, of one head: blockIdx.x = lane * MostPages + i; role
-// blockIdx.y.
-__global__ void __launch_bounds__(kThreads, 2)
-    EncodePagesKernel(const __grid_constant__ AppendJob job) {
-  extern __shared__ float4 shared[];
-  const RoleView& view = job.view[blockIdx.y];
-  const RoleParams& role = view.role;
-  const int p = role.page_size, d = role.head_dim, chunks = d / 4, n = p * chunks;
-  const int most = MostPages(job.call.tokens, p);
-  const int64_t lane = blockIdx.x / most;
-  const int b = static_cast<int>(lane / job.call.heads),
-            h = static_cast<int>(lane % job.call.heads);
-  const Span span = SpanOf(job.call, p, b);
-  const int part = static_cast<int>(blockIdx.x % most);
-  ptx::GridTrigger();
-  if (blockIdx.y == 0 && part == 0) {
-    for (int i = threadIdx.x; i < job.lane_counters; i += kThreads)
-      job.counters[lane * job.lane_counters + i] = 0;
-  }
-  if (job.call.tokens == 1 && threadIdx.x < kWarp)
-    WriteTail(job, view, span, blockIdx.y, b, h, lane, 0, threadIdx.x);
-  const int at = span.past / p + part, first = at * p;
-  if (at >= span.end / p) return;
-  const int64_t page = lane * job.call.num_pages + at;
-  int32_t* codes = view.cache.codes + page * p * view.layout.words;
-  if (role.storage == Storage::kFp16) return CopyPage(view, span, b, h, lane, first, codes);
-
-  float* secondaries = reinterpret_cast<float*>(shared);
-  PageScratch* scratch = reinterpret_cast<PageScratch*>(secondaries + 4 * role.secondaries);
-  float* scales = reinterpret_cast<float*>(scratch + 1);
-  int32_t* finite = reinterpret_cast<int32_t*>(scales + p);
-  float* x = FitsShared(role) ? reinterpret_cast<float*>(finite + p)
-                              : job.scratch[blockIdx.y] + blockIdx.x * PageFloats(role);
-  float* norm2 = x + p * d;
-  const int warp = threadIdx.x / kWarp, warp_lane = threadIdx.x % kWarp;
-  constexpr int kWarps = kThreads / kWarp;
-
-  for (int i = threadIdx.x; i < 4 * role.secondaries; i += kThreads)
-    secondaries[i] = view.secondaries[static_cast<int64_t>(h) * role.secondaries * 4 + i];
-  for (int i = threadIdx.x; i + 1 < 1 << role.radius_bits; i += kThreads)
-    scratch->middles[i] = LevelMiddle(view.levels, i);
-  for (int t = warp; t < p; t += kWarps) {
-    float* row = x + t * d;
-    for (int i = warp_lane; i < d; i += kWarp)
-      row[i] = FloatFromHalf(TokenHalf(view, span, b, h, lane, first + t, i));
-    __syncwarp();
-    if (role.hadamard) WarpHadamard(row, d, view.hadamard_scale, warp_lane);
-    if (warp_lane == 0) finite[t] = 1;
-  }
-  __syncthreads();
-
-  if (role.page_mean) {
-    for (int i = threadIdx.x; i < d; i += kThreads) {
-      const uint16_t mean =
-          HalfFromFloat(Mul(ColumnSum(x + i, p, d), 1.0f / static_cast<float>(p)));
-      view.cache.mean[page * d + i] = mean;
-      scratch->mean[i] = FloatFromHalf(mean);
-    }
-    __syncthreads();
-  }
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    float* chunk = x + 4 * i;
-    const float* mean = scratch->mean + 4 * (i % chunks);
-    for (int k = 0; k < 4 && role.page_mean; ++k) chunk[k] = Sub(chunk[k], mean[k]);
-    norm2[i] = SquaredNorm(chunk);
-    if (!IsFinite(norm2[i])) atomicAnd(&finite[i / chunks], 0);
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    if (!finite[i / chunks]) norm2[i] = 0.0f;
-  }
-  __syncthreads();
-  if (role.outlier_capacity > 0) {
-    const int dropped = StoreOutliers(view, page, x, norm2, scratch);
-    if (dropped && job.status && threadIdx.x == 0) atomicAdd(&job.status->dropped, dropped);
-  }
-
-  for (int t = warp; t < p; t += kWarps) {
-    const uint16_t scale =
-        HalfFromFloat(WarpTokenScale(role, norm2 + t * chunks, chunks, warp_lane));
-    if (warp_lane == 0) {
-      scales[t] = FloatFromHalf(scale);
-      view.cache.scales[page * p + t] = finite[t] ? scale : kHalfNan;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const float chunk[4] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
-    const float code = ChunkCode(role, view.layout, chunk, norm2[i], scales[i / chunks],
-                                 secondaries, scratch->middles);
-    norm2[i] = BitCast<float>(static_cast<int32_t>(code));  // the norms are used up
-  }
-  __syncthreads();
-  const int words = view.layout.words;
-  for (int i = threadIdx.x; i < p * words; i += kThreads) {
-    codes[i] = static_cast<int32_t>(PackedWord(view.layout, norm2 + i / words * chunks, i % words));
-  }
-}
 
 // WriteTail of each new token. Rows of the grid: roles.
 __global__ void __launch_bounds__(kThreads, 4)
-    WriteTailsKernel(const __grid_constant__ AppendJob job) {
-  const RoleView& view = job.view[blockIdx.y];
+    WriteTailsKernel(const __grid_constant__ EncodeJob whole) {
+  const AppendJob& job = whole.append;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t lane = row / job.call.tokens;
   if (lane >= static_cast<int64_t>(job.call.batch) * job.call.heads) return;
-  const int i = static_cast<int>(row % job.call.tokens), warp_lane = threadIdx.x % kWarp;
-  const int b = static_cast<int>(lane / job.call.heads),
-            h = static_cast<int>(lane % job.call.heads);
-  const Span span = SpanOf(job.call, view.role.page_size, b);
-  WriteTail(job, view, span, blockIdx.y, b, h, lane, i, warp_lane);
+  WriteTail(whole, blockIdx.y, static_cast<int>(lane / job.call.heads),
+            static_cast<int>(lane % job.call.heads), static_cast<int>(row % job.call.tokens),
+            threadIdx.x % kWarp);
+}
+
+EncodeJob MakeJob(const AppendJob& append) {
+  EncodeJob job = {};
+  job.append = append;
+  for (int i = 0; i < append.roles; ++i) job.vector[i] = HasVectors(append.view[i]);
+  job.most = MostPages(append.call.tokens, append.view[0].role.page_size);
+  return job;
 }
 
 }  // namespace
 
 size_t AppendScratch(const RoleParams& role, int64_t lanes, int tokens) {
-  if (role.storage == Storage::kFp16 || FitsShared(role)) return 0;
-  return sizeof(float) * PageFloats(role) * lanes * MostPages(tokens, role.page_size);
+  return GeneralScratch(role, lanes, tokens);
 }
 
-Status EncodePages(const AppendJob& job, cudaStream_t stream) {
-  size_t shared = 0;
-  for (int i = 0; i < job.roles; ++i) {
-    const RoleParams& role = job.view[i].role;
-    if (role.storage == Storage::kFp16) continue;
-    const size_t own =
-        FixedShared(role) + (FitsShared(role) ? sizeof(float) * PageFloats(role) : 0);
-    shared = own > shared ? own : shared;
-  }
-  const int64_t blocks = static_cast<int64_t>(job.call.batch) * job.call.heads *
-                         MostPages(job.call.tokens, job.view[0].role.page_size);
-  return Launch(EncodePagesKernel, dim3(static_cast<unsigned>(blocks), job.roles), kThreads, shared,
-                stream, job);
+Status EncodePages(const AppendJob& append, cudaStream_t stream) {
+  Gpu gpu;
+  if (Status status = CurrentGpu(&gpu); !status.ok()) return status;
+  EncodeJob job = MakeJob(append);
+  bool fast[2] = {};
+  for (int i = 0; i < append.roles; ++i)
+    fast[i] = job.vector[i] && FastEncodeTakes(append.view[i], gpu.shared_limit);
+  const auto encode = [&](int role, int roles) {
+    job.role = role;
+    job.roles = roles;
+    return fast[role] ? EncodeFast(job, gpu, stream) : EncodeGeneral(job, stream);
+  };
+  if (append.roles == 1 || fast[0] == fast[1]) return encode(0, append.roles);
+  const Status status = encode(0, 1);
+  return status.ok() ? encode(1, 1) : status;
 }
 
-Status WriteTails(const AppendJob& job, cudaStream_t stream) {
-  if (job.call.tokens == 1) return {};
-  const int64_t rows = static_cast<int64_t>(job.call.batch) * job.call.heads * job.call.tokens;
+Status WriteTails(const AppendJob& append, cudaStream_t stream) {
+  if (append.call.tokens == 1) return {};
+  const int64_t rows =
+      static_cast<int64_t>(append.call.batch) * append.call.heads * append.call.tokens;
   const int64_t blocks = (rows * kWarp + kThreads - 1) / kThreads;
-  return Launch(WriteTailsKernel, dim3(static_cast<unsigned>(blocks), job.roles), kThreads, 0,
-                stream, job);
+  return Launch(WriteTailsKernel, dim3(static_cast<unsigned>(blocks), append.roles), kThreads, 0,
+                stream, MakeJob(append));
 }
 
 }  // namespace cuda

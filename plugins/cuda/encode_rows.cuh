@@ -1,0 +1,118 @@
+// Rows of a page in registers: loading, rotation, scales and packing. A group of lanes has a row,
+// each lane one chunk of it or two (c and c + 32).
+#pragma once
+
+#include "encode_job.h"
+#include "tails.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+template <int D>
+struct RowShape {
+  static constexpr int kChunks = D / 4;
+  static constexpr int kLanes = kChunks < kWarp ? kChunks : kWarp;
+  static constexpr int kPer = kChunks / kLanes;            // chunks of a row that a lane has
+  static constexpr int kGroups = kEncodeThreads / kLanes;  // rows that a block has in hand
+  static constexpr int kBatch = 8 / kPer;                  // rows of a group loaded at once
+};
+
+// Where the rows of a page come from. Aligned as HasVectors asks.
+struct PageRows {
+  const RoleView& view;
+  const uint16_t* tail;  // of the lane, [P, D]
+  int64_t start;         // of the lane's new tokens in x
+  int first, past;       // tokens: the page's first one, those held before the call
+
+  __device__ uint2 Load(int row, int element) const {
+    const int t = first + row;
+    if (t < past)
+      return *reinterpret_cast<const uint2*>(tail + t % view.role.page_size * view.role.head_dim +
+                                             element);
+    return LoadHalves(view.x, start + (t - past) * view.x.token + element, true);
+  }
+};
+
+__device__ __forceinline__ void Unpack(uint2 halves, float x[4]) {
+  x[0] = FloatFromHalf(static_cast<uint16_t>(halves.x));
+  x[1] = FloatFromHalf(static_cast<uint16_t>(halves.x >> 16));
+  x[2] = FloatFromHalf(static_cast<uint16_t>(halves.y));
+  x[3] = FloatFromHalf(static_cast<uint16_t>(halves.y >> 16));
+}
+
+// Hadamard of codec/hadamard.h over a row. A product with 1 or -1 is exact, so that fma rounds as
+// its sum or difference does.
+template <int D>
+__device__ __forceinline__ void RotateRow(float (&x)[RowShape<D>::kPer][4], float scale, int lane) {
+  using Shape = RowShape<D>;
+#pragma unroll
+  for (int j = 0; j < Shape::kPer; ++j) {
+    const float a = Add(x[j][0], x[j][1]), b = Sub(x[j][0], x[j][1]);
+    const float c = Add(x[j][2], x[j][3]), d = Sub(x[j][2], x[j][3]);
+    x[j][0] = Add(a, c);
+    x[j][1] = Add(b, d);
+    x[j][2] = Sub(a, c);
+    x[j][3] = Sub(b, d);
+#pragma unroll
+    for (int offset = 1; offset < Shape::kLanes; offset *= 2) {
+      const float sign = lane & offset ? -1.0f : 1.0f;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        x[j][k] = Fma(x[j][k], sign, __shfl_xor_sync(kAllLanes, x[j][k], offset));
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (Shape::kPer == 2) {
+      const float low = x[0][k], high = x[1][k];
+      x[0][k] = Add(low, high);
+      x[1][k] = Sub(low, high);
+    }
+#pragma unroll
+    for (int j = 0; j < Shape::kPer; ++j) x[j][k] = Mul(x[j][k], scale);
+  }
+}
+
+// TokenScale of encode.h for a row without outliers, as fp16. norm2: of the lane's chunks.
+template <int D>
+__device__ __forceinline__ uint16_t RowScale(const RoleParams& role,
+                                             const float (&norm2)[RowShape<D>::kPer]) {
+  using Shape = RowShape<D>;
+  float x = norm2[0];
+  if (role.gain == Gain::kMax) {
+    if constexpr (Shape::kPer == 2) x = fmaxf(x, norm2[1]);
+#pragma unroll
+    for (int offset = Shape::kLanes / 2; offset > 0; offset /= 2)
+      x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
+    x = Div(Sqrt(x), static_cast<float>((1 << role.radius_bits) - 1));
+  } else {
+    if constexpr (Shape::kPer == 2) x = Add(x, norm2[1]);
+#pragma unroll
+    for (int offset = Shape::kLanes / 2; offset > 0; offset /= 2)
+      x = Add(x, __shfl_xor_sync(kAllLanes, x, offset));
+    x = Sqrt(Div(x, static_cast<float>(D)));
+  }
+  return HalfFromFloat(Min(x, kHalfMax));
+}
+
+// Packs the codes of chunk `chunk` of each lane into the words of its row (codec/layout.h): planes
+// of rows of 16 chunks and more begin with a word.
+template <int D>
+__device__ __forceinline__ void StoreCode(const Layout& layout, int chunk, uint32_t code,
+                                          int32_t* words) {
+#pragma unroll 1
+  for (int i = 0; i < layout.num_planes; ++i) {
+    const Plane& plane = layout.planes[i];
+    const int bit = chunk * plane.width;
+    uint32_t word = (code >> plane.shift & ((1u << plane.width) - 1)) << (bit & 31);
+    const int lanes = 32 / plane.width;
+#pragma unroll
+    for (int offset = 1; offset < RowShape<D>::kLanes; offset *= 2) {
+      if (offset < lanes) word |= __shfl_xor_sync(kAllLanes, word, offset);
+    }
+    if (bit % 32 == 0) words[(plane.offset + bit) / 32] = static_cast<int32_t>(word);
+  }
+}
+
+}  // namespace cuda
+}  // namespace hqmq

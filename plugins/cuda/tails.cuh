@@ -1,0 +1,101 @@
+// Rows of new tokens as fp16, four elements at a time, and the tail they are written to.
+#pragma once
+
+#include "encode_job.h"
+
+namespace hqmq {
+namespace cuda {
+
+// Elements at … at + 3 of x as fp16. `vector`: HasVectors.
+__device__ __forceinline__ uint2 LoadHalves(const Rows& x, int64_t at, bool vector) {
+  uint32_t half[4];
+  if (!vector) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) half[k] = LoadHalf(x, at + k);
+  } else if (x.dtype == HQMQ_FLOAT32) {
+    const float4 from = *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + at);
+    half[0] = HalfFromFloat(from.x);
+    half[1] = HalfFromFloat(from.y);
+    half[2] = HalfFromFloat(from.z);
+    half[3] = HalfFromFloat(from.w);
+  } else {
+    const uint2 from = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(x.data) + at);
+    if (x.dtype == HQMQ_FLOAT16) return from;
+    half[0] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.x)));
+    half[1] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.x >> 16)));
+    half[2] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.y)));
+    half[3] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.y >> 16)));
+  }
+  return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
+}
+
+// Whether four elements of any row, and of the tail, can be moved at once.
+inline bool HasVectors(const RoleView& view) {
+  const int64_t quad = view.x.dtype == HQMQ_FLOAT32 ? 16 : 8;
+  return reinterpret_cast<uintptr_t>(view.x.data) % quad == 0 &&
+         reinterpret_cast<uintptr_t>(view.cache.tail) % 8 == 0 &&
+         (view.x.batch | view.x.head | view.x.token) % 4 == 0;
+}
+
+__device__ __forceinline__ bool AnyNotFinite(uint32_t pair) {
+  return (pair & 0x7C00u) == 0x7C00u || (pair & 0x7C000000u) == 0x7C000000u;
+}
+
+// One new token of one head by one warp: its row of the tail, and what the status counts. Loads
+// before it needs the lengths.
+__device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int b, int h, int i,
+                                          int warp_lane) {
+  const AppendJob& job = whole.append;
+  const RoleView& view = job.view[role];
+  const bool vector = whole.vector[role];
+  const int p = view.role.page_size, d = view.role.head_dim;
+  const int64_t from = RowStart(view.x, b, h, i);
+  uint2 halves = make_uint2(0, 0);
+  if (4 * warp_lane < d) halves = LoadHalves(view.x, from + 4 * warp_lane, vector);
+  const Span span = SpanOf(job.call, p, b);
+  if (job.status && i == 0 && h == 0 && role == 0 && span.lost && warp_lane == 0)
+    atomicAdd(&job.status->no_page, span.lost);
+  const int t = span.past + i;
+  const bool kept = t < span.end && t >= span.end - p;
+  if (t >= span.end + span.lost || (!kept && !job.status)) return;
+  uint16_t* to = view.cache.tail + ((static_cast<int64_t>(b) * job.call.heads + h) * p + t % p) * d;
+  bool bad = false;
+  for (int k = 4 * warp_lane; k < d; k += 4 * kWarp) {
+    if (k >= 4 * kWarp) halves = LoadHalves(view.x, from + k, vector);
+    bad = bad || AnyNotFinite(halves.x) || AnyNotFinite(halves.y);
+    if (!kept) continue;
+    if (vector) {
+      *reinterpret_cast<uint2*>(to + k) = halves;
+    } else {
+      to[k] = static_cast<uint16_t>(halves.x);
+      to[k + 1] = static_cast<uint16_t>(halves.x >> 16);
+      to[k + 2] = static_cast<uint16_t>(halves.y);
+      to[k + 3] = static_cast<uint16_t>(halves.y >> 16);
+    }
+  }
+  if (job.status && __ballot_sync(kAllLanes, bad) && warp_lane == 0)
+    atomicAdd(&job.status->not_finite, 1);
+}
+
+// What each launch does first: zeroes the counters, and with one new token writes its rows of the
+// tails. By `blocks` blocks of `threads`.
+__device__ __forceinline__ void StartAppend(const EncodeJob& job, int64_t block, int64_t blocks,
+                                            int threads) {
+  const Call& call = job.append.call;
+  const int64_t lanes = static_cast<int64_t>(call.batch) * call.heads;
+  for (int64_t i = block * threads + threadIdx.x; i < lanes * job.append.lane_counters && !job.role;
+       i += blocks * threads) {
+    job.append.counters[i] = 0;
+  }
+  if (call.tokens != 1) return;
+  for (int64_t row = threadIdx.x / kWarp * blocks + block; row < lanes * job.roles;
+       row += threads / kWarp * blocks) {
+    const int role = job.role + (row >= lanes);
+    const int64_t lane = row >= lanes ? row - lanes : row;
+    WriteTail(job, role, static_cast<int>(lane / call.heads), static_cast<int>(lane % call.heads),
+              0, threadIdx.x % kWarp);
+  }
+}
+
+}  // namespace cuda
+}  // namespace hqmq
