@@ -5,6 +5,7 @@
 
 #include "decode_job.h"
 #include "host/append.h"
+#include "prefill.h"
 
 namespace hqmq {
 namespace {
@@ -115,14 +116,16 @@ Status CheckWorkspace(const void* workspace, size_t bytes, size_t needed) {
   return {};
 }
 
-// Workspace of attention: scratch of K, of V, and then what either kernel needs: the fused one
-// counters and parts, the plain one states. Which of them runs depends on more than sizes.
+// Workspace: scratch of K, of V, then what one of the kernels needs; which depends on more than
+// sizes.
 struct AttentionPlan {
   AttentionJob job;
   int block_rows;
-  size_t scratch[2], states, counters, parts;
+  size_t scratch[2], states, counters, parts, prefill;
 
-  size_t bytes() const { return scratch[0] + scratch[1] + std::max(states, counters + parts); }
+  size_t bytes() const {
+    return scratch[0] + scratch[1] + std::max({states, counters + parts, prefill});
+  }
 };
 
 void PlanDecode(const AttentionJob& job, AttentionPlan* plan) {
@@ -166,8 +169,23 @@ Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key
   plan->states = AlignedBytes(AttentionStates(job));
   plan->scratch[0] = AlignedBytes(AppendScratch(job.key.role, lanes, params.tokens));
   plan->scratch[1] = AlignedBytes(AppendScratch(job.value.role, lanes, params.tokens));
+  plan->prefill = AlignedBytes(PrefillBytes(job));
   PlanDecode(job, plan);
   return {};
+}
+
+// The kernels that a call takes; `why`: why not the fused decode kernel, and why not prefill.
+hqmq_cuda_path PathOf(const AttentionJob& job, std::string* why) {
+  const auto plain = [&](const std::string& text) {
+    if (why) *why += text;
+    return HQMQ_CUDA_PLAIN;
+  };
+  if (job.call.batch == 0 || job.call.heads == 0 || job.call.tokens == 0)
+    return plain("nothing runs: there is no sequence, head or token");
+  if (plain_only) return plain("hqmq_cuda_use_plain_attention is on");
+  if (FastDecodeSupports(job, why)) return HQMQ_CUDA_DECODE;
+  std::string prefill;
+  return PrefillSupports(job, &prefill) ? HQMQ_CUDA_PREFILL : plain("; " + prefill);
 }
 
 Status RunAttention(AttentionPlan* plan, const hqmq_attention_role& key,
@@ -194,19 +212,25 @@ Status RunAttention(AttentionPlan* plan, const hqmq_attention_role& key,
   }
   job.key = append.view[0];
   job.value = append.view[1];
-  const bool fused = !plain_only && FastDecodeSupports(job, nullptr);
-  if (fused) {
+  const hqmq_cuda_path path = PathOf(job, nullptr);
+  if (path == HQMQ_CUDA_DECODE) {
     append.counters = reinterpret_cast<uint32_t*>(at);
     append.lane_counters = DecodeCounters(job);
-  } else {
+  } else if (path == HQMQ_CUDA_PLAIN) {
     job.states = plan->states ? reinterpret_cast<float*>(at) : nullptr;
   }
   // Attention reads the codes of pages that fill now, and the tail as it was before.
   Status status = EncodePages(append, stream);
-  if (status.ok()) {
-    float* parts = reinterpret_cast<float*>(at + plan->counters);
-    status =
-        fused ? Decode(job, append.counters, parts, stream) : Attend(job, plan->block_rows, stream);
+  if (!status.ok()) return status;
+  switch (path) {
+    case HQMQ_CUDA_DECODE:
+      status = Decode(job, append.counters, reinterpret_cast<float*>(at + plan->counters), stream);
+      break;
+    case HQMQ_CUDA_PREFILL:
+      status = Prefill(job, at, stream);
+      break;
+    default:
+      status = Attend(job, plan->block_rows, stream);
   }
   return status.ok() ? WriteTails(append, stream) : status;
 }
@@ -310,7 +334,10 @@ int hqmq_cuda_attention_workspace_limit(const hqmq_attention_params* params,
       return Invalid("params, key, value or bytes is missing");
     AttentionPlan plan;
     if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
-    if (plan.block_rows) plan.states = AlignedBytes(MostAttentionStates(plan.job));
+    if (plan.block_rows) {
+      plan.states = AlignedBytes(MostAttentionStates(plan.job));
+      plan.prefill = AlignedBytes(MostPrefillBytes(plan.job));
+    }
     AttentionJob job = plan.job;
     for (int tokens = 1; plan.block_rows && tokens <= params->tokens; ++tokens) {
       if (tokens > kMostDecodeTokens) break;
@@ -334,13 +361,7 @@ int hqmq_cuda_attention_path(const hqmq_attention_params* params, const hqmq_rol
     for (Rows* rows : {&plan.job.q, &plan.job.y, &plan.job.key.x, &plan.job.value.x})
       rows->dtype = dtype;
     text.clear();
-    if (plan.block_rows == 0) {
-      text = "nothing runs: there is no sequence, head or token";
-    } else if (plain_only) {
-      text = "hqmq_cuda_use_plain_attention is on";
-    }
-    const bool fused = text.empty() && FastDecodeSupports(plan.job, &text);
-    *path = fused ? HQMQ_CUDA_DECODE : HQMQ_CUDA_PLAIN;
+    *path = PathOf(plan.job, &text);
     *why = text.c_str();
     return {};
   });

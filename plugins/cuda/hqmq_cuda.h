@@ -62,11 +62,12 @@ HQMQ_API int hqmq_cuda_attention_workspace_limit(const hqmq_attention_params* pa
                                                  const hqmq_role_params* key,
                                                  const hqmq_role_params* value, size_t* bytes);
 
-/* Which kernels attend: the fused decode kernel (at most 8 new tokens, fp16 or bf16), or the plain
- * ones, which take everything. path: enum hqmq_cuda_path for a call with these params whose
- * activations are of `dtype` and whose cache tensors lie at multiples of 16 bytes, on the current
- * GPU; *why (of this thread, never null): why it is not the fused one. */
-enum hqmq_cuda_path { HQMQ_CUDA_PLAIN = 0, HQMQ_CUDA_DECODE = 1 };
+/* Which kernels attend: the fused decode kernel (at most 8 new tokens, fp16 or bf16), prefill on
+ * tensor cores (more tokens, fp16 or bf16, any scheme), or the plain ones, which take everything.
+ * path: enum hqmq_cuda_path for a call with these params whose activations are of `dtype` and whose
+ * cache tensors lie at multiples of 16 bytes, on the current GPU; *why (of this thread, never
+ * null): why it is none of those before it in this list. */
+enum hqmq_cuda_path { HQMQ_CUDA_PLAIN = 0, HQMQ_CUDA_DECODE = 1, HQMQ_CUDA_PREFILL = 2 };
 HQMQ_API int hqmq_cuda_attention_path(const hqmq_attention_params* params,
                                       const hqmq_role_params* key, const hqmq_role_params* value,
                                       int32_t dtype, int32_t* path, const char** why);

@@ -34,6 +34,24 @@ __device__ __forceinline__ uint32_t Transpose(uint32_t x) {
   return y;
 }
 
+// Four 8x8 matrices of 16-bit elements from shared memory: lane 8i + r gives the address of row r
+// of matrix i (a multiple of 16), and lane (r, j) gets its row r, columns 2j and 2j+1, as x[i];
+// transposed: column r, rows 2j and 2j+1.
+__device__ __forceinline__ uint4 LoadMatrices(uint32_t address) {
+  uint4 x;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+__device__ __forceinline__ uint4 LoadTransposed(uint32_t address) {
+  uint4 x;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address));
+  return x;
+}
+
 // Four bytes of {a: 0-3, b: 4-7}, one a nibble of `selector` (bits 15-0); a nibble with bit 3 gives
 // eight copies of that byte's bit 7.
 __device__ __forceinline__ uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -145,9 +163,13 @@ constexpr bool kBulkCopies = true;
 constexpr bool kBulkCopies = false;
 #endif
 
-// A barrier (8 bytes) that one thread arrives at.
-__device__ __forceinline__ void BarrierInit(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(barrier) : "memory");
+// A barrier (8 bytes) that `count` threads arrive at.
+__device__ __forceinline__ void BarrierInit(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Arrives; what the thread wrote before is seen by those who wait.
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(barrier) : "memory");
 }
 // Makes BarrierInit known to copies; by the thread that called it.
 __device__ __forceinline__ void BarrierFence() {
@@ -165,15 +187,21 @@ __device__ __forceinline__ void BarrierExpect(uint32_t barrier, uint32_t bytes) 
 }
 // Waits for the end of the phase with this parity: 0, 1, 0, …
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    // The instruction with a parity needs sm_90; a phase's token has it in its highest bit.
+    uint64_t state;
+    asm volatile("ld.volatile.shared.u64 %0,[%1];" : "=l"(state) : "r"(barrier) : "memory");
+    done = static_cast<uint32_t>(state >> 63) != parity;
+    __threadfence_block();
+#else
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-  } while (!done);
 #endif
+  } while (!done);
 }
 // `bytes` and both addresses are multiples of 16.
 __device__ __forceinline__ void BulkCopy(uint32_t to, const void* from, uint32_t bytes,

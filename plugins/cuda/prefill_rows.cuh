@@ -1,0 +1,242 @@
+// A warp's query rows in prefill attention: scores, softmax, outputs (mma.sync, sm_80 and later).
+//
+// Lane (r = lane/4, j = lane%4) has rows r and r+8 of each 16 and columns 2j, 2j+1 of each 8 keys
+// or elements; the scores' accumulators are the weights' first operand as they are.
+#pragma once
+
+#include "prefill_tile.cuh"
+#include "softmax_state.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+// Weights exp2(score - maximum) are scaled by 2^15: small ones stay normal fp16 numbers.
+constexpr float kPrefillShift = 15.0f;
+// A maximum of no scores.
+constexpr float kNoMaximum = -1e30f;
+
+template <int D>
+struct PrefillRows {
+  using Shape = PrefillShape<D>;
+  static constexpr int kRowTiles = Shape::kRowTiles, kKeys = Shape::kKeys;
+  float out[kRowTiles][D / 8][4];
+  float score[kRowTiles][kKeys / 8][4];
+  float maximum[kRowTiles][2], sum[kRowTiles][2];  // of rows r, r+8; sums: of this lane's columns
+  float factor[kRowTiles][2];                      // scores to base 2
+
+  // Times of the lane's rows; -1: no row.
+  __device__ __forceinline__ int Time(const PrefillJob& job, const PrefillBlock& block, int m,
+                                      int half) const {
+    const int local =
+        threadIdx.x / kWarp * Shape::kWarpRows + m * 16 + half * 8 + (threadIdx.x % kWarp) / 4;
+    const PrefillRow row = RowOf(job, block, local);
+    const int time = block.span.past + row.i;
+    return row.i >= 0 && time <= block.last_time ? time : -1;
+  }
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) out[m][n][k] = 0.0f;
+      maximum[m][0] = maximum[m][1] = kNoMaximum;
+      sum[m][0] = sum[m][1] = 0.0f;
+    }
+  }
+
+  // score = queries * keys. query, key: addresses of the warp's queries and of a tile.
+  __device__ __forceinline__ void Score(uint32_t query, uint32_t key, int lane) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) score[m][n][k] = 0.0f;
+    // Rows of the matrices a lane points at: queries (lane & 15), keys (lane & 7) + 8 (lane / 16).
+    const uint32_t q_row = query + (lane & 15) * 128;
+    const uint32_t k_row = key + ((lane & 7) + (lane >> 4) * 8) * 128;
+    const uint32_t q_unit = ((lane >> 4) ^ (lane & 7)) * 16;
+    const uint32_t k_unit = ((lane >> 3 & 1) ^ (lane & 7)) * 16;
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      const uint32_t turn = (step & 3) * 32;
+      uint4 q[kRowTiles];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        q[m] = ptx::LoadMatrices(q_row + (q_unit ^ turn) +
+                                 ((step >> 2) * Shape::kRows + m * 16) * 128);
+      }
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        const uint4 k =
+            ptx::LoadMatrices(k_row + (k_unit ^ turn) + ((step >> 2) * kKeys + n * 16) * 128);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          ptx::Mma(score[m][2 * n], q[m].x, q[m].y, q[m].z, q[m].w, k.x, k.y);
+          ptx::Mma(score[m][2 * n + 1], q[m].x, q[m].y, q[m].z, q[m].w, k.z, k.w);
+        }
+      }
+    }
+  }
+
+  // Scores in base 2, soft-capped; those of keys that a row does not see are -infinity.
+  __device__ __forceinline__ void Finish(const PrefillJob& job, const PrefillBlock& block,
+                                         const TileOf& tile, bool masked, int lane) {
+    const float cap = job.attention.softcap * 1.44269504f;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) score[m][n][k] *= factor[m][k / 2];
+    if (cap > 0.0f) {
+      const float per_cap = 2.0f / job.attention.softcap;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float power = ptx::Exp2(score[m][n][k] * per_cap);  // e^(2 score / softcap)
+            score[m][n][k] = cap - __fdividef(2.0f * cap, power + 1.0f);
+          }
+    }
+    if (!masked) return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const KeyRange seen = Seen(job, block, tile, m, half);
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const int key = tile.first + 8 * n + 2 * (lane & 3) + k;
+            if (key < seen.first || key >= seen.end) score[m][n][2 * half + k] = MinusInfinity();
+          }
+      }
+  }
+
+  __device__ __forceinline__ KeyRange Seen(const PrefillJob& job, const PrefillBlock& block,
+                                           const TileOf& tile, int m, int half) const {
+    const int time = Time(job, block, m, half);
+    if (time < 0) return {0, 0};
+    return SeenKeys(time, tile.exact, block.page_size, block.window);
+  }
+
+  // Scores to weights; sums and outputs follow their row's maximum.
+  __device__ __forceinline__ void Weigh() {
+    bool grows = false;
+    float next[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float most = maximum[m][half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+          most = fmaxf(most, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+        next[m][half] = most;
+        grows = grows || most > maximum[m][half];
+      }
+    if (__any_sync(kAllLanes, grows)) {  // else all factors are 1
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float old = ptx::Exp2(maximum[m][half] - next[m][half]);
+          maximum[m][half] = next[m][half];
+          sum[m][half] *= old;
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n) {
+            out[m][n][2 * half] *= old;
+            out[m][n][2 * half + 1] *= old;
+          }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float base = maximum[m][half] - kPrefillShift;
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int k = 2 * half; k < 2 * half + 2; ++k) {
+            score[m][n][k] = ptx::Exp2(score[m][n][k] - base);
+            sum[m][half] += score[m][n][k];
+          }
+      }
+  }
+
+  // out += weights * values. value: address of a tile.
+  __device__ __forceinline__ void Add(uint32_t value, int lane) {
+    const uint32_t row = value + (lane & 15) * 128;
+    const uint32_t unit = ((lane >> 4) ^ (lane & 7)) * 16;
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      uint32_t p[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const float (&x)[4] = score[m][2 * step + k / 2];
+          p[m][k] = ptx::PackHalf(x[2 * (k & 1)], x[2 * (k & 1) + 1]);
+        }
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        const uint4 v = ptx::LoadTransposed(row + (unit ^ ((n & 3) * 32)) +
+                                            ((n >> 2) * kKeys + step * 16) * 128);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          ptx::Mma(out[m][2 * n], p[m][0], p[m][1], p[m][2], p[m][3], v.x, v.y);
+          ptx::Mma(out[m][2 * n + 1], p[m][0], p[m][1], p[m][2], p[m][3], v.z, v.w);
+        }
+      }
+    }
+  }
+
+  // Adds the values of a tile that are not finite to the rows that see them.
+  __device__ __forceinline__ void AddBadValues(const PrefillJob& job, const PrefillBlock& block,
+                                               const TileOf& tile, const uint16_t* value,
+                                               int lane) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const KeyRange seen = Seen(job, block, tile, m, half);
+        const int begin = seen.first - tile.first, end = seen.end - tile.first;
+        for (int t = begin > 0 ? begin : 0; t < (end < kKeys ? end : kKeys); ++t) {
+#pragma unroll
+          for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              const uint16_t x = value[8 * TileUnit<kKeys>(t, n) + 2 * (lane & 3) + k];
+              if ((x & 0x7C00u) == 0x7C00u) out[m][n][2 * half + k] += FloatFromHalf(x);
+            }
+        }
+      }
+  }
+
+  __device__ void Store(const PrefillJob& job, const PrefillBlock& block, int lane);
+  __device__ void StorePart(const PrefillJob& job, const PrefillBlock& block, float* part,
+                            int lane);
+
+  // Sums over the lanes of a row.
+  __device__ __forceinline__ void JoinSums() {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[m][half] += __shfl_xor_sync(kAllLanes, sum[m][half], 1);
+        sum[m][half] += __shfl_xor_sync(kAllLanes, sum[m][half], 2);
+      }
+  }
+};
+
+}  // namespace cuda
+}  // namespace hqmq
