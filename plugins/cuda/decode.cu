@@ -31,19 +31,19 @@ constexpr Instance Make() {
 }
 
 constexpr Instance kInstances[] = {
-    Make<Codec12, Codec12, 64, 4>(),        Make<Codec12, Codec12, 64, 8>(),
-    Make<Codec12, Codec12, 128, 4>(),       Make<Codec12, Codec12, 128, 8>(),
-    Make<Codec12, Codec12, 256, 4>(),       Make<Codec12, Codec12, 256, 8>(),
-    Make<Codec14<8>, Codec14<8>, 64, 4>(),  Make<Codec14<8>, Codec14<8>, 64, 8>(),
-    Make<Codec14<8>, Codec14<8>, 128, 4>(), Make<Codec14<8>, Codec14<8>, 128, 8>(),
-    Make<Codec14<4>, Codec14<4>, 256, 4>(), Make<Codec14<4>, Codec14<4>, 256, 8>(),
-    Make<Codec20, Codec20, 64, 4>(),        Make<Codec20, Codec20, 64, 8>(),
-    Make<Codec20, Codec20, 128, 4>(),       Make<Codec20, Codec20, 128, 8>(),
-    Make<Codec20, Codec20, 256, 4>(),       Make<Codec20, Codec20, 256, 8>(),
-    Make<Codec16<4>, Codec16<4>, 64, 4>(),  Make<Codec16<4>, Codec16<4>, 64, 8>(),
-    Make<Codec16<4>, Codec16<4>, 128, 4>(), Make<Codec16<4>, Codec16<4>, 128, 8>(),
-    Make<Codec16<1>, Codec16<1>, 256, 4>(), Make<Codec16<1>, Codec16<1>, 256, 8>(),
-    Make<Codec16<4>, Codec12, 128, 4>(),    Make<Codec16<4>, Codec12, 128, 8>(),
+    Make<Codec12, Codec12, 64, 4>(),          Make<Codec12, Codec12, 64, 8>(),
+    Make<Codec12, Codec12, 128, 4>(),         Make<Codec12, Codec12, 128, 8>(),
+    Make<Codec12, Codec12, 256, 4>(),         Make<Codec12, Codec12, 256, 8>(),
+    Make<Codec14<16>, Codec14<16>, 64, 4>(),  Make<Codec14<16>, Codec14<16>, 64, 8>(),
+    Make<Codec14<16>, Codec14<16>, 128, 4>(), Make<Codec14<16>, Codec14<16>, 128, 8>(),
+    Make<Codec14<8>, Codec14<8>, 256, 4>(),   Make<Codec14<8>, Codec14<8>, 256, 8>(),
+    Make<Codec20, Codec20, 64, 4>(),          Make<Codec20, Codec20, 64, 8>(),
+    Make<Codec20, Codec20, 128, 4>(),         Make<Codec20, Codec20, 128, 8>(),
+    Make<Codec20, Codec20, 256, 4>(),         Make<Codec20, Codec20, 256, 8>(),
+    Make<Codec16<8>, Codec16<8>, 64, 4>(),    Make<Codec16<8>, Codec16<8>, 64, 8>(),
+    Make<Codec16<8>, Codec16<8>, 128, 4>(),   Make<Codec16<8>, Codec16<8>, 128, 8>(),
+    Make<Codec16<2>, Codec16<2>, 256, 4>(),   Make<Codec16<2>, Codec16<2>, 256, 8>(),
+    Make<Codec16<4>, Codec12, 128, 4>(),      Make<Codec16<4>, Codec12, 128, 8>(),
 };
 
 const Instance* FindInstance(const AttentionJob& job) {

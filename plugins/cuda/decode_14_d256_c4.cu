@@ -3,7 +3,7 @@
 namespace hqmq {
 namespace cuda {
 
-template struct DecodeInstance<Codec14<4>, Codec14<4>, 256, 4>;
+template struct DecodeInstance<Codec14<8>, Codec14<8>, 256, 4>;
 
 }  // namespace cuda
 }  // namespace hqmq

@@ -3,7 +3,7 @@
 namespace hqmq {
 namespace cuda {
 
-template struct DecodeInstance<Codec14<4>, Codec14<4>, 256, 8>;
+template struct DecodeInstance<Codec14<8>, Codec14<8>, 256, 8>;
 
 }  // namespace cuda
 }  // namespace hqmq

@@ -3,7 +3,7 @@
 namespace hqmq {
 namespace cuda {
 
-template struct DecodeInstance<Codec14<8>, Codec14<8>, 64, 8>;
+template struct DecodeInstance<Codec14<16>, Codec14<16>, 64, 8>;
 
 }  // namespace cuda
 }  // namespace hqmq

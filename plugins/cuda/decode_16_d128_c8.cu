@@ -3,7 +3,7 @@
 namespace hqmq {
 namespace cuda {
 
-template struct DecodeInstance<Codec16<4>, Codec16<4>, 128, 8>;
+template struct DecodeInstance<Codec16<8>, Codec16<8>, 128, 8>;
 
 }  // namespace cuda
 }  // namespace hqmq

@@ -3,7 +3,7 @@
 namespace hqmq {
 namespace cuda {
 
-template struct DecodeInstance<Codec16<1>, Codec16<1>, 256, 4>;
+template struct DecodeInstance<Codec16<2>, Codec16<2>, 256, 4>;
 
 }  // namespace cuda
 }  // namespace hqmq

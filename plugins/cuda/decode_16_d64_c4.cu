@@ -3,7 +3,7 @@
 namespace hqmq {
 namespace cuda {
 
-template struct DecodeInstance<Codec16<4>, Codec16<4>, 64, 4>;
+template struct DecodeInstance<Codec16<8>, Codec16<8>, 64, 4>;
 
 }  // namespace cuda
 }  // namespace hqmq

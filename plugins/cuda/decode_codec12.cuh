@@ -14,9 +14,12 @@ namespace cuda {
 
 struct Codec12 {
   static constexpr int kCodeBits = 12, kIndexBits = 8;
+  static constexpr int kWords = 256, kCopies = 16;
   static constexpr uint32_t kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
-  static constexpr bool kRolesShareTable = true;
-  static constexpr int kCopies = 16;
+  // Both roles' words lie in one table, in halves of its rows.
+  static constexpr bool kShared = true, kTurned = false;
+  static constexpr uint32_t kRoleBytes = 128;
+  static __device__ __forceinline__ uint32_t WordAt(int i) { return i * 256; }
 
   template <int D>
   static constexpr int kStageTiles = D <= 128 ? 2 : 1;
@@ -50,30 +53,9 @@ struct Codec12 {
   // Codes of a lane's chunks of one token, from half a tile at address `tile`.
   template <int kChunks>
   static __device__ __forceinline__ Slice<kChunks> Load(uint32_t tile, Where where) {
-    const uint32_t index = tile + where.index, nibble = tile + where.nibble;
     Slice<kChunks> out;
-    if constexpr (kChunks == 2) {
-      out.index[0] = ptx::LoadShared16(index);
-      out.nibble[0] = ptx::LoadShared8(nibble);
-    } else if constexpr (kChunks == 4) {
-      out.index[0] = ptx::LoadShared32(index);
-      out.nibble[0] = ptx::LoadShared16(nibble);
-    } else if constexpr (kChunks == 8) {
-      const uint2 x = ptx::LoadShared64(index);
-      out.index[0] = x.x;
-      out.index[1] = x.y;
-      out.nibble[0] = ptx::LoadShared32(nibble);
-    } else {
-      static_assert(kChunks == 16, "chunks of a lane");
-      const uint4 x = ptx::LoadShared128(index);
-      out.index[0] = x.x;
-      out.index[1] = x.y;
-      out.index[2] = x.z;
-      out.index[3] = x.w;
-      const uint2 y = ptx::LoadShared64(nibble);
-      out.nibble[0] = y.x;
-      out.nibble[1] = y.y;
-    }
+    LoadCodes<kChunks>(tile + where.index, out.index);
+    LoadCodes<kChunks / 2>(tile + where.nibble, out.nibble);
     return out;
   }
 
@@ -88,12 +70,11 @@ struct Codec12 {
   };
   static __device__ __forceinline__ Lane LaneOf(const RoleView& view, uint32_t table, uint32_t,
                                                 int lane) {
-    Lane out = {table + (lane & (kCopies - 1)) * 8, {{0, 0}, {0, 0}}};
+    Lane out = {table + CopyOf<Codec12>(0, true, lane), {}};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t level = HalfFromFloat(view.levels[i]);
-      out.levels.high[i / 4] |= (level >> 8) << (8 * (i & 3));
-      out.levels.low[i / 4] |= (level & 255) << (8 * (i & 3));
+    for (int i = 0; i < 2; ++i) {
+      out.levels.low[i] = LevelBytes(view, 4 * i, 0);
+      out.levels.high[i] = LevelBytes(view, 4 * i, 8);
     }
     return out;
   }
@@ -120,18 +101,7 @@ struct Codec12 {
     }
   }
 
-  // One role's words of head h, by all threads. Codes beyond the codebook get its last word.
-  static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
-                                                   uint32_t table, uint32_t) {
-    FillWords<256>(view, h, [&](int i, uint2 entry) {
-    // Lanes begin with different copies: rows lie in the same banks.
-#pragma unroll
-      for (int copy = 0; copy < kCopies; ++copy) {
-        const int at = (copy + i) & (kCopies - 1);
-        ptx::StoreShared64(table + i * 256 + role * 128 + at * 8, entry);
-      }
-    });
-  }
+  static __device__ __forceinline__ void FillLevels(const RoleView&, uint32_t) {}
 };
 
 }  // namespace cuda

@@ -1,13 +1,14 @@
 // Codes of 14 bits (10 index, 3 level, 1 sign: hq3.5) of a tile in shared memory to pairs of fp16.
 //
-// Each role has a table of all 1024 words, 8 bytes each, in 8 copies, or both share one with 4
-// copies each: the lower 8 bits of the index are byte 1 of an address, and byte 0 has its upper 2
-// bits and the copy, so that two PRMTs make an address. Radii come from registers: PRMT looks up
-// the high and low bytes of four fp16 levels at a time.
+// The table has all 1024 words, 8 bytes each, in kCopies copies for both roles (decode_words.cuh).
+// The lower 8 bits of the index are byte 1 of an address. With 16 copies the upper two are its bits
+// 7 and 16, so that a LOP3, an IMAD and a PRMT make an address; with 8 they are bits 6 and 7. Radii
+// come from registers: PRMT looks up the high and low bytes of four fp16 levels at a time.
 //
-// Per 32 chunks: 10.5 instructions besides the MMA's and 4.0 wavefronts of shared memory (simulated
-// with random indices; 5.3 with 4 copies). At head_dim 128 a tile takes about 32 * 4.0 + 55 = 183
-// wavefronts, where its 1920 bytes take 148 cycles of an H100's memory.
+// Per 32 chunks: 10.5 instructions besides the MMA's and, with 16 copies, 2.0 wavefronts of shared
+// memory (4.0 if each role has half of them, or with 8 copies; 6.8 with half of 8). At head_dim 128
+// a tile takes about 32 * 2.0 + 37 = 101 wavefronts, where its 1920 bytes take 148 cycles of an
+// H100's memory.
 #pragma once
 
 #include "decode_words.cuh"
@@ -15,14 +16,18 @@
 namespace hqmq {
 namespace cuda {
 
-template <int kCopies>
+template <int kWordCopies>
 struct Codec14 {
   static constexpr int kCodeBits = 14, kIndexBits = 10;
-  static_assert(kCopies == 4 || kCopies == 8, "copies that fill rows of 64 bytes");
-  static constexpr uint32_t kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
-  static constexpr bool kRolesShareTable = kCopies == 4;
-
-  static constexpr uint32_t kRoleBytes = kRolesShareTable ? 8 * kCopies : 0;
+  static constexpr int kWords = 1024, kCopies = kWordCopies;
+  static_assert(kCopies == 8 || kCopies == 16, "two or four words in 256 bytes");
+  static constexpr uint32_t kTableBytes = kWords * 8 * kCopies, kTableAlignment = 1 << 16;
+  static constexpr bool kShared = true, kTurned = true;
+  static constexpr uint32_t kRoleBytes = 0;
+  static __device__ __forceinline__ uint32_t WordAt(int i) {
+    if constexpr (kCopies == 8) return (i & 255) << 8 | i >> 8 << 6;
+    return (i & 255) << 8 | (i & 256) >> 1 | (i & 512) << 7;
+  }
 
   template <int D>
   static constexpr int kStageTiles = D <= 64 ? 2 : 1;
@@ -53,35 +58,12 @@ struct Codec14 {
   // Codes of a lane's chunks of one token, from half a tile at address `tile`.
   template <int kChunks>
   static __device__ __forceinline__ Slice<kChunks> Load(uint32_t tile, Where where) {
-    const uint32_t index = tile + where.index, nibble = tile + where.nibble;
-    const uint32_t pair = tile + where.pair;
     Slice<kChunks> out;
-    if constexpr (kChunks == 2) {
-      out.index[0] = ptx::LoadShared16(index);
-      out.nibble[0] = ptx::LoadShared8(nibble);
-      out.pair = ptx::LoadShared8(pair) >> where.pair_shift & 15;
-    } else if constexpr (kChunks == 4) {
-      out.index[0] = ptx::LoadShared32(index);
-      out.nibble[0] = ptx::LoadShared16(nibble);
-      out.pair = ptx::LoadShared8(pair);
-    } else if constexpr (kChunks == 8) {
-      const uint2 x = ptx::LoadShared64(index);
-      out.index[0] = x.x;
-      out.index[1] = x.y;
-      out.nibble[0] = ptx::LoadShared32(nibble);
-      out.pair = ptx::LoadShared16(pair);
-    } else {
-      static_assert(kChunks == 16, "chunks of a lane");
-      const uint4 x = ptx::LoadShared128(index);
-      out.index[0] = x.x;
-      out.index[1] = x.y;
-      out.index[2] = x.z;
-      out.index[3] = x.w;
-      const uint2 y = ptx::LoadShared64(nibble);
-      out.nibble[0] = y.x;
-      out.nibble[1] = y.y;
-      out.pair = ptx::LoadShared32(pair);
-    }
+    uint32_t pair[1];
+    LoadCodes<kChunks>(tile + where.index, out.index);
+    LoadCodes<kChunks / 2>(tile + where.nibble, out.nibble);
+    LoadCodes<(kChunks + 3) / 4>(tile + where.pair, pair);
+    out.pair = kChunks == 2 ? pair[0] >> where.pair_shift & 15 : pair[0];
     return out;
   }
 
@@ -89,14 +71,16 @@ struct Codec14 {
   struct Levels {
     uint32_t high[2], low[2];
   };
-  // What a lane keeps of one role.
+  // What a lane keeps of one role: addresses, and its copy in each byte.
   struct Lane {
-    uint32_t table, levels;  // addresses
-    uint32_t copies;         // of the lane's copy in a row, in each byte
+    uint32_t table, levels, copies;
   };
   static __device__ __forceinline__ Lane LaneOf(const RoleView&, uint32_t table, uint32_t levels,
                                                 int lane) {
-    return {table, levels, (lane & (kCopies - 1)) * 0x08080808u};
+    return {table, levels, CopyOf<Codec14>(0, true, lane) * 0x01010101u};
+  }
+  static __device__ __forceinline__ void UseCopies(int role, bool all, int lane, Lane* out) {
+    out->copies = CopyOf<Codec14>(role, all, lane) * 0x01010101u;
   }
   // For one tile.
   static __device__ __forceinline__ Levels LoadLevels(const Lane& lane) {
@@ -124,37 +108,34 @@ struct Codec14 {
     const uint32_t high =
         ptx::AndXor(sign << 7, 0x80808080u, ptx::Permute(levels.high[0], levels.high[1], level));
     const uint32_t radius[2] = {ptx::Permute(low, high, 0x5140), ptx::Permute(low, high, 0x7362)};
-    // Bytes 0 of the addresses.
-    const uint32_t two = ptx::Permute(nibble, 0, 0x1100);
-    const uint32_t row = (two << 6 & 0x00C000C0u) | (two << 2 & 0xC000C000u) | lane.copies;
+    if constexpr (kCopies == 16) {
+      const uint32_t copy = lane.table | (lane.copies & 0xFFu);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const uint32_t low_bytes = ptx::Permute(slice.index[group], row, (i << 4) | (4 + i));
-      const uint2 word =
-          ptx::LoadTable64(ptx::Permute(low_bytes, lane.table, 0x7610) + kRole * kRoleBytes);
-      out[i] = TimesRadius(word, radius[i / 2], i & 1);
+      for (int i = 0; i < kCount; ++i) {
+        // Bits 0 and 1 of the nibble as 7 and 16 of the address; byte 1 has remains of them.
+        const uint32_t of_two = (i & 2 ? nibble >> 8 : nibble) & (3u << 4 * (i & 1));
+        const uint32_t at =
+            of_two * (i & 1 ? (1u << 3) + (1u << 11) : (1u << 7) + (1u << 15)) + copy;
+        const uint2 word = ptx::LoadTable64(ptx::Permute(at, slice.index[group], 0x3240u | i << 4));
+        out[i] = TimesRadius(word, radius[i / 2], i & 1);
+      }
+    } else {
+      // Bytes 0 of the addresses.
+      const uint32_t two = ptx::Permute(nibble, 0, 0x1100);
+      const uint32_t row = (two << 6 & 0x00C000C0u) | (two << 2 & 0xC000C000u) | lane.copies;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const uint32_t low_bytes = ptx::Permute(slice.index[group], row, (i << 4) | (4 + i));
+        const uint2 word = ptx::LoadTable64(ptx::Permute(low_bytes, lane.table, 0x7610));
+        out[i] = TimesRadius(word, radius[i / 2], i & 1);
+      }
     }
   }
 
-  // One role's words and levels of head h, by all threads. Codes beyond the codebook get its last
-  // word.
-  static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
-                                                   uint32_t table, uint32_t levels) {
-    FillWords<1024>(view, h, [&](int i, uint2 entry) {
-      const uint32_t row = table + (i & 255) * 256 + (i >> 8) * 64 + role * kRoleBytes;
-#pragma unroll
-      for (int copy = 0; copy < kCopies; ++copy)  // lanes begin with different ones
-        ptx::StoreShared64(row + ((copy + i) & (kCopies - 1)) * 8, entry);
-    });
-    if (threadIdx.x < 4) {  // words of four low bytes, then of four high bytes
-      uint32_t bytes = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t level = HalfFromFloat(view.levels[4 * (threadIdx.x & 1) + i]);
-        bytes |= (threadIdx.x < 2 ? level & 255 : level >> 8) << (8 * i);
-      }
-      ptx::StoreShared32(levels + 4 * threadIdx.x, bytes);
-    }
+  // Words of four low bytes, then of four high bytes.
+  static __device__ __forceinline__ void FillLevels(const RoleView& view, uint32_t levels) {
+    const int i = threadIdx.x;
+    if (i < 4) ptx::StoreShared32(levels + 4 * i, LevelBytes(view, 4 * (i & 1), i < 2 ? 0 : 8));
   }
 };
 

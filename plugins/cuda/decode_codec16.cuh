@@ -1,15 +1,15 @@
 // Codes of 16 bits (11 index, 4 level, 1 sign: hq4) of a tile in shared memory to pairs of fp16.
 //
-// Each role has a table of all 2048 words, 8 bytes each, in kCopies copies side by side, at a
-// multiple of its size, so that a shift and a LOP3 make an address. Radii come from registers: PRMT
-// looks up the high and low bytes of four fp16 levels at a time, once for levels 0-7 and once for
-// 8-15; the tables of bytes are loaded anew for each tile (two broadcasts), as registers are short.
+// A table has all 2048 words, 8 bytes each, in kCopies copies side by side: of one role, or of both
+// (decode_words.cuh). Radii come from registers: PRMT looks up the high and low bytes of four fp16
+// levels at a time, once for levels 0-7 and once for 8-15; the tables of bytes are loaded anew for
+// each tile (two broadcasts), as registers are short.
 //
-// Per 32 chunks: 9 instructions besides the MMA's (shift, LOP3, load, two products, 4 for the
-// radius). Wavefronts of shared memory: with 1, 2, 4, 8 copies 6.1, 5.9, 5.3, 4.0 (simulated with
-// random indices; 2 without conflicts), so that at head_dim 128 a tile takes about 32 * 5.3 for
-// words and 55 for codes, scales and their arrival: 225, where its 2176 bytes take 167 cycles of an
-// H100's memory. Shared memory binds, at 3/4 of the speed of memory.
+// Per 32 chunks: 9 instructions besides the MMA's (two for the address, load, two products, 4 for
+// the radius). Wavefronts of shared memory: with 1, 2, 4, 8, 16 copies 6.1, 5.9, 5.3, 4.0, 2.0
+// (simulated with random indices), so that with 8 copies at head_dim 128 a tile takes about
+// 32 * 4.0 + 37 for codes, scales, levels and their arrival: 165, where its 2176 bytes take 167
+// cycles of an H100's memory. With half of 8 copies for each role it is 6.8 instead of 4.0.
 #pragma once
 
 #include "decode_words.cuh"
@@ -17,13 +17,16 @@
 namespace hqmq {
 namespace cuda {
 
-template <int kCopies>
+template <int kWordCopies>
 struct Codec16 {
   static constexpr int kCodeBits = 16, kIndexBits = 11;
-  static constexpr int kWordShift = kCopies == 1 ? 3 : kCopies == 2 ? 4 : 5;  // of a row's bytes
-  static_assert(8 * kCopies == 1 << kWordShift, "1, 2 or 4 copies");
-  static constexpr uint32_t kTableBytes = 2048u << kWordShift, kTableAlignment = kTableBytes;
-  static constexpr bool kRolesShareTable = false;
+  static constexpr int kWords = 2048, kCopies = kWordCopies;
+  static constexpr int kWordShift = kCopies == 2 ? 4 : kCopies == 4 ? 5 : 6;  // of a word's copies
+  static_assert(8 * kCopies == 1 << kWordShift, "2, 4 or 8 copies");
+  static constexpr uint32_t kTableBytes = kWords << kWordShift, kTableAlignment = 128;
+  static constexpr bool kShared = true, kTurned = true;
+  static constexpr uint32_t kRoleBytes = 0;
+  static __device__ __forceinline__ uint32_t WordAt(int i) { return i << kWordShift; }
 
   template <int D>
   static constexpr int kStageTiles = D <= 64 ? 2 : 1;
@@ -51,35 +54,21 @@ struct Codec16 {
   // Codes of a lane's chunks of one token, from half a tile at address `tile`.
   template <int kChunks>
   static __device__ __forceinline__ Slice<kChunks> Load(uint32_t tile, Where where) {
-    const uint32_t at = tile + where.code;
     Slice<kChunks> out;
-    if constexpr (kChunks == 2) {
-      out.codes[0] = ptx::LoadShared32(at);
-    } else if constexpr (kChunks == 4) {
-      const uint2 x = ptx::LoadShared64(at);
-      out.codes[0] = x.x;
-      out.codes[1] = x.y;
-    } else {
-      static_assert(kChunks % 8 == 0, "chunks of a lane");
-#pragma unroll
-      for (int i = 0; i < kChunks / 8; ++i) {
-        const uint4 x = ptx::LoadShared128(at + 16 * i);
-        out.codes[4 * i] = x.x;
-        out.codes[4 * i + 1] = x.y;
-        out.codes[4 * i + 2] = x.z;
-        out.codes[4 * i + 3] = x.w;
-      }
-    }
+    LoadCodes<2 * kChunks>(tile + where.code, out.codes);
     return out;
   }
 
-  // What a lane keeps of one role: addresses of its copy of word 0 and of the levels' bytes.
+  // What a lane keeps of one role: addresses of the table and of the levels' bytes, its copy.
   struct Lane {
-    uint32_t table, levels;
+    uint32_t table, levels, copy;
   };
   static __device__ __forceinline__ Lane LaneOf(const RoleView&, uint32_t table, uint32_t levels,
                                                 int lane) {
-    return {table + (lane & (kCopies - 1)) * 8, levels};
+    return {table, levels, CopyOf<Codec16>(0, true, lane)};
+  }
+  static __device__ __forceinline__ void UseCopies(int role, bool all, int lane, Lane* out) {
+    out->copy = CopyOf<Codec16>(role, all, lane);
   }
   // Low and high bytes of the 16 levels, for one tile.
   struct Levels {
@@ -110,30 +99,16 @@ struct Codec16 {
     for (int i = 0; i < kCount; ++i) {
       const uint32_t x = code[i / 2];
       const uint32_t at = ptx::AndOr(i & 1 ? x >> (16 - kWordShift) : x << kWordShift,
-                                     2047u << kWordShift, lane.table);
-      const uint2 word = ptx::LoadTable64(at);
+                                     2047u << kWordShift, lane.copy);
+      const uint2 word = ptx::LoadTable64(at + lane.table);
       out[i] = TimesRadius(word, radius[i / 2], i & 1);
     }
   }
 
-  // One role's words and levels of head h, by all threads. Codes beyond the codebook get its last
-  // word.
-  static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
-                                                   uint32_t table, uint32_t levels) {
-    FillWords<2048>(view, h, [&](int i, uint2 entry) {
-#pragma unroll
-      for (int copy = 0; copy < kCopies; ++copy)
-        ptx::StoreShared64(table + (i << kWordShift) + copy * 8, entry);
-    });
-    if (threadIdx.x < 8) {  // words of four low bytes, then of four high bytes
-      uint32_t bytes = 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t level = HalfFromFloat(view.levels[4 * (threadIdx.x & 3) + i]);
-        bytes |= (threadIdx.x < 4 ? level & 255 : level >> 8) << (8 * i);
-      }
-      ptx::StoreShared32(levels + 4 * threadIdx.x, bytes);
-    }
+  // Words of four low bytes, then of four high bytes.
+  static __device__ __forceinline__ void FillLevels(const RoleView& view, uint32_t levels) {
+    const int i = threadIdx.x;
+    if (i < 8) ptx::StoreShared32(levels + 4 * i, LevelBytes(view, 4 * (i & 3), i < 4 ? 0 : 8));
   }
 };
 

@@ -17,7 +17,10 @@ namespace cuda {
 struct Codec20 {
   static constexpr int kCodeBits = 20, kIndexBits = 13;
   static constexpr uint32_t kTableBytes = 8192 * 8, kTableAlignment = kTableBytes;
-  static constexpr bool kRolesShareTable = false;
+  static constexpr int kWords = 8192, kCopies = 1;
+  static constexpr bool kShared = false, kTurned = false;
+  static constexpr uint32_t kRoleBytes = 0;
+  static __device__ __forceinline__ uint32_t WordAt(int i) { return i * 8; }
 
   template <int D>
   static constexpr int kStageTiles = 1;
@@ -47,28 +50,9 @@ struct Codec20 {
   // Codes of a lane's chunks of one token, from half a tile at address `tile`.
   template <int kChunks>
   static __device__ __forceinline__ Slice<kChunks> Load(uint32_t tile, Where where) {
-    const uint32_t at = tile + where.code, nibble = tile + where.nibble;
     Slice<kChunks> out;
-    if constexpr (kChunks == 2) {
-      out.codes[0] = ptx::LoadShared32(at);
-      out.nibble[0] = ptx::LoadShared8(nibble);
-    } else if constexpr (kChunks == 4) {
-      const uint2 x = ptx::LoadShared64(at);
-      out.codes[0] = x.x;
-      out.codes[1] = x.y;
-      out.nibble[0] = ptx::LoadShared16(nibble);
-    } else {
-      static_assert(kChunks % 8 == 0, "chunks of a lane");
-#pragma unroll
-      for (int i = 0; i < kChunks / 8; ++i) {
-        const uint4 x = ptx::LoadShared128(at + 16 * i);
-        out.codes[4 * i] = x.x;
-        out.codes[4 * i + 1] = x.y;
-        out.codes[4 * i + 2] = x.z;
-        out.codes[4 * i + 3] = x.w;
-        out.nibble[i] = ptx::LoadShared32(nibble + 4 * i);
-      }
-    }
+    LoadCodes<2 * kChunks>(tile + where.code, out.codes);
+    LoadCodes<kChunks / 2>(tile + where.nibble, out.nibble);
     return out;
   }
 
@@ -115,15 +99,10 @@ struct Codec20 {
     }
   }
 
-  // One role's words and levels of head h, by all threads. Codes beyond the codebook get its last
-  // word.
-  static __device__ __forceinline__ void FillTable(const RoleView& view, int role, int h,
-                                                   uint32_t table, uint32_t levels) {
-    FillWords<8192>(view, h, [&](int i, uint2 entry) { ptx::StoreShared64(table + i * 8, entry); });
-    if (threadIdx.x < 32) {
-      const float* two = view.levels + 2 * threadIdx.x;
-      ptx::StoreShared32(levels + 4 * threadIdx.x, ptx::PackHalf(two[0], two[1]));
-    }
+  static __device__ __forceinline__ void FillLevels(const RoleView& view, uint32_t levels) {
+    if (threadIdx.x >= 32) return;
+    const float* two = view.levels + 2 * threadIdx.x;
+    ptx::StoreShared32(levels + 4 * threadIdx.x, ptx::PackHalf(two[0], two[1]));
   }
 };
 

@@ -38,17 +38,21 @@ struct Stage {
   }
 };
 
-// Goes through the tiles of a warp, item by item.
+// Goes through the tiles of a warp, item by item. kRings: warps that take tiles.
+template <int kRings>
 struct Cursor {
   int item, end_item;
   int tile, end;  // next tile; both 0 after the last item
   int first;      // of the item
 
-  // Moves on to the next item in which the warp has tiles.
-  __device__ __forceinline__ bool NextItem(const DecodeJob& job, int warp, Problem* problem) {
+  // Moves on to the next item in which the warp has tiles. held: a problem that is known, and its
+  // number.
+  __device__ __forceinline__ bool NextItem(const DecodeJob& job, int warp, const Problem& held,
+                                           int held_index, Problem* problem) {
     while (++item < end_item) {
-      *problem = ProblemOf(job, item / job.splits);
-      const Tiles tiles = TilesOf(job, *problem, item % job.splits, warp);
+      const int index = job.by_splits(item);
+      *problem = index == held_index ? held : ProblemOf(job, index);
+      const Tiles tiles = TilesOf<kRings>(*problem, item - index * job.splits, warp);
       if (tiles.begin == tiles.end) continue;
       // The shuffles tell the compiler that these are one number for the warp.
       first = tile = __shfl_sync(kAllLanes, tiles.begin, 0);
@@ -66,66 +70,79 @@ __device__ __forceinline__ void CopyByLanes(uint32_t to, const char* from, int b
     ptx::CopyAsync16(to + byte, from + byte);
 }
 
-template <class Key, class Value, int D>
+template <class Key, class Value, int D, int kRings>
 struct Feed {
   using S = Stage<Key, Value, D>;
-  Cursor cursor;
+  Cursor<kRings> cursor;
   uint32_t tile0;  // number of the sequence's first tile
   uint32_t next;   // stage to fill
 
-  __device__ __forceinline__ void Start(const DecodeJob& job, int first_item, int end_item,
-                                        uint32_t ring, int warp, int lane) {
+  // first: problem number `index`, that of the block's first item.
+  __device__ __forceinline__ void Start(const DecodeJob& job, const Problem& first, int index,
+                                        Items items, uint32_t ring, int warp, int lane) {
     if constexpr (ptx::kBulkCopies) {
-      if (lane == 0 && warp < job.rings) {
-        for (int i = 0; i < job.stages; ++i) ptx::BarrierInit(ring + i * S::kBytes + S::kBarrier);
+      if (lane == 0 && warp < kRings) {
+        for (int i = 0; i < job.stages; ++i)
+          ptx::BarrierInit(ring + i * S::kBytes + S::kBarrier, 1);
         ptx::BarrierFence();
       }
       __syncwarp();
     }
     next = ring;
-    cursor.item = first_item - 1;
-    cursor.end_item = end_item;
-    NextItem(job, warp);
-    for (int i = 0; i + 1 < job.stages; ++i) Fill(job, ring, warp, lane);
+    cursor.item = items.begin - 1;
+    cursor.end_item = items.end;
+    NextItem(job, warp, first, index);
+    for (int i = 0; i + 1 < job.stages; ++i) Fill(job, first, index, ring, warp, lane);
   }
 
-  __device__ __forceinline__ void NextItem(const DecodeJob& job, int warp) {
+  __device__ __forceinline__ void NextItem(const DecodeJob& job, int warp, const Problem& held,
+                                           int held_index) {
     Problem p;
-    if (!cursor.NextItem(job, warp, &p)) return;
+    if (!cursor.NextItem(job, warp, held, held_index, &p)) return;
     const int page0 = (p.b * job.attention.call.heads + p.h) * job.attention.call.num_pages;
-    tile0 = static_cast<uint32_t>(page0) << job.page_shift;
+    tile0 = __shfl_sync(kAllLanes, static_cast<uint32_t>(page0) << job.page_shift, 0);
   }
 
-  // Enqueues the next stage, if there is one. Nobody in the warp reads it any more.
-  __device__ __forceinline__ void Fill(const DecodeJob& job, uint32_t ring, int warp, int lane) {
+  // Enqueues the next stage, if there is one. Nobody in the warp reads it any more. held: as in
+  // Cursor.
+  __device__ __forceinline__ void Fill(const DecodeJob& job, const Problem& held, int held_index,
+                                       uint32_t ring, int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
       const bool has_mean = S::HasMean(job, cursor.tile, cursor.first);
-      const uint32_t barrier = next + S::kBarrier;
-      if (!ptx::kBulkCopies || lane == 0) {
-        const RoleCache& k = job.attention.key.cache;
-        const RoleCache& v = job.attention.value.cache;
-        const uint32_t tile = tile0 + cursor.tile, page = tile >> job.page_shift;
-        if constexpr (ptx::kBulkCopies) {
+      const uint32_t tile = tile0 + cursor.tile, page = tile >> job.page_shift;
+      const RoleCache& k = job.attention.key.cache;
+      const RoleCache& v = job.attention.value.cache;
+      const auto place = [](const void* tensor, uint32_t at, uint32_t size) {
+        return static_cast<const char*>(tensor) + static_cast<uint64_t>(at) * size;
+      };
+      if constexpr (ptx::kBulkCopies) {
+        if (ptx::Elect()) {
+          const uint32_t barrier = next + S::kBarrier;
           ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles) + (has_mean ? 2 * D : 0));
+          ptx::BulkCopy(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, barrier);
+          ptx::BulkCopy(next + S::kValue, place(v.codes, tile, S::kValueTile),
+                        count * S::kValueTile, barrier);
+          ptx::BulkCopy(next + S::kKeyScales, place(k.scales, tile, S::kScalesTile),
+                        count * S::kScalesTile, barrier);
+          ptx::BulkCopy(next + S::kValueScales, place(v.scales, tile, S::kScalesTile),
+                        count * S::kScalesTile, barrier);
+          if (has_mean) ptx::BulkCopy(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, barrier);
         }
-        const auto copy = [&](uint32_t to, const void* from, uint32_t at, int size, int bytes) {
-          const char* place = static_cast<const char*>(from) + static_cast<uint64_t>(at) * size;
-          if constexpr (ptx::kBulkCopies) {
-            ptx::BulkCopy(next + to, place, bytes, barrier);
-          } else {
-            CopyByLanes(next + to, place, bytes, lane);
-          }
-        };
-        copy(0, k.codes, tile, S::kKeyTile, count * S::kKeyTile);
-        copy(S::kValue, v.codes, tile, S::kValueTile, count * S::kValueTile);
-        copy(S::kKeyScales, k.scales, tile, S::kScalesTile, count * S::kScalesTile);
-        copy(S::kValueScales, v.scales, tile, S::kScalesTile, count * S::kScalesTile);
-        if (has_mean) copy(S::kMean, k.mean, page, 2 * D, 2 * D);
+        __syncwarp();
+      } else {
+        CopyByLanes(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, lane);
+        CopyByLanes(next + S::kValue, place(v.codes, tile, S::kValueTile), count * S::kValueTile,
+                    lane);
+        CopyByLanes(next + S::kKeyScales, place(k.scales, tile, S::kScalesTile),
+                    count * S::kScalesTile, lane);
+        CopyByLanes(next + S::kValueScales, place(v.scales, tile, S::kScalesTile),
+                    count * S::kScalesTile, lane);
+        if (has_mean) CopyByLanes(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, lane);
       }
       next = next + S::kBytes == ring + job.stages * S::kBytes ? ring : next + S::kBytes;
       cursor.tile += count;
-      if (cursor.tile == cursor.end) NextItem(job, warp);
+      if (cursor.tile == cursor.end) NextItem(job, warp, held, held_index);
     }
     if constexpr (!ptx::kBulkCopies) ptx::CopyCommit();
   }

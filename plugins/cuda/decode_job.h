@@ -26,6 +26,24 @@ constexpr int kOwnWarps = 4;
 constexpr int kDecodeBlocks = 132;
 constexpr int kMostSplits = 64;
 constexpr int kMostStages = 4;
+// Blocks of a launch at most.
+constexpr int kMostDecodeBlocks = 256;
+
+// Division of 0 … 2^30 by a number the host knows: 0 … 2^30.
+struct Divider {
+  uint32_t factor, shift;  // x / divisor = (x * factor) >> 32 >> shift
+
+  __host__ static Divider Of(uint32_t divisor) {
+    Divider out = {0, 0};
+    while ((uint64_t{1} << out.shift) < divisor) ++out.shift;
+    const uint64_t power = uint64_t{1} << (31 + out.shift);
+    out.factor = static_cast<uint32_t>((power + divisor - 1) / divisor);
+    return out;
+  }
+  __device__ __forceinline__ int operator()(int x) const {
+    return static_cast<int>(__umulhi(static_cast<uint32_t>(x) << 1, factor) >> shift);
+  }
+};
 
 struct DecodeJob {
   AttentionJob attention;
@@ -36,7 +54,12 @@ struct DecodeJob {
   int32_t rings;       // warps that take coded tiles
   int32_t stages;      // of tiles that each of them keeps in shared memory, at least 2
   int32_t items;       // problems * splits
+  // The first `longer_blocks` blocks take one more than `block_items` of them.
+  int32_t block_items, longer_blocks;
+  Divider by_splits, by_batch, by_row_blocks, by_group;
+  Divider by_shares;   // 4 * splits - 1: quarters of a split
   float* parts;        // [problems, splits + 1, PartFloats]: the last one of the exact tokens
+  float* states;       // [blocks, StateFloats], null: in shared memory
   uint32_t* counters;  // [problems], 0 when the kernel starts
 };
 
@@ -46,6 +69,11 @@ __host__ __device__ constexpr int DecodeColumns(int rows) { return rows <= 4 ? 4
 // A part: outputs [columns, D], maxima [8], sums [8].
 __host__ __device__ constexpr int PartFloats(int columns, int head_dim) {
   return columns * head_dim + 2 * kDecodeRows;
+}
+
+// What the warps of a block hold of one item: outputs.
+__host__ __device__ constexpr int StateFloats(int columns, int head_dim) {
+  return kDecodeWarps * columns * head_dim;
 }
 
 // Whether the fused kernel takes a call; if not, `why` says what it lacks. Sizes and schemes only.

@@ -201,8 +201,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* shared
     const Problem& p = block->problem;
     if (held != index && p.rows > 0) {
       if (head != p.h) {
-        Key::FillTable(a.key, 0, p.h, tables[0], levels[0]);
-        Value::FillTable(a.value, 1, p.h, tables[1], levels[1]);
+        FillTables<Key, Value>(a, p.h, tables, levels, block, lane, &self.key, &self.value);
         head = p.h;
       }
       LoadQueries<D>(job, p, block, warp, lane);

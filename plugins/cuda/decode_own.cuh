@@ -56,7 +56,7 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
   for (int i = 0; i < 2; ++i) {
     const int row = (2 * j + i) & (kColumns - 1);
     factor[i] = a.scale * 1.44269504f * shared->factor[0][row];
-    time[i] = RowTime(a, p, p.row + row);
+    time[i] = RowTime(job, p, p.row + row);
   }
   const float cap = a.softcap * 1.44269504f, per_cap = 2.0f / a.softcap;
   bool bad = false;
@@ -105,7 +105,7 @@ template <int D>
 __device__ __forceinline__ float BadValues(const DecodeJob& job, const Problem& p,
                                            const DecodeShared<D>& shared, int row, int element) {
   const AttentionJob& a = job.attention;
-  const int time = RowTime(a, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
+  const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
   const int oldest = OldestKey(time, a.window);
   float sum = 0.0f;
   for (int t = page > oldest ? page : oldest; t <= time; ++t) {

@@ -178,7 +178,7 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     if (D >= 4 * kWarp || 4 * lane < D)
-      *reinterpret_cast<float4*>(scratch + 4 * lane + c * 4 * kWarp) = x[c];
+      *reinterpret_cast<float4*>(scratch + 4 * lane + c * 4 * kWarp) = TurnedOutput(*shared, x[c]);
   }
   __syncwarp();
   if (a.value.role.hadamard) WarpHadamard(scratch, D, a.value.hadamard_scale, lane);

@@ -8,23 +8,21 @@
 namespace hqmq {
 namespace cuda {
 
-// Floats that each warp gives to one round of a block's sums: one accumulator.
-constexpr int kRoundFloats = 4 * kWarp;
-
 // Bytes of one role's levels, and what they are aligned to.
 constexpr uint32_t kLevelBytes = 256;
 
 template <int D>
 struct DecodeShared {
   uint4 levels[2][kLevelBytes / 16];              // of K, V, as their codecs want them
-  float4 reduce[kDecodeWarps][kRoundFloats / 4];  // also rows of floats
   uint16_t query[2][kDecodeRows][D];              // as they are; rotated
   uint4 lanes[D > 128 ? D / 32 : 1][kWarp];       // of SharedQuery
   uint16_t fresh[2][kMostDecodeTokens][D];        // new tokens of K, V
   float factor[2][kDecodeRows];                   // what query was divided by, powers of two
-  float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];
+  float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];  // of StoreState
+  float unit[kDecodeWarps];
   float weight[kDecodeRows][kMostSplits + 1];
   Problem problem;
+  uint64_t stored, joined;  // barriers of StoreState and JoinStates
   int32_t flag, bad_values;
 };
 
@@ -40,23 +38,26 @@ struct Tables {
 };
 
 // Dynamic shared memory: [rings of the first warps] [tables, aligned] [rings of the others]
-// [DecodeShared]. `start`: address of its beginning, at most kMostStart.
+// [states, if they fit] [DecodeShared]. `start`: address of its beginning, at most kMostStart.
 constexpr uint32_t kMostStart = 1024;
 // What a block may have on an H100.
 constexpr uint32_t kMostShared = 227 * 1024;
 
-template <class Key, class Value, int D>
+template <class Key, class Value, int D, int kColumns>
 struct Arena {
   static constexpr uint32_t kStageBytes = Stage<Key, Value, D>::kBytes;
-  uint32_t table, first_rings, ring_bytes, rings_before, second_rings, shared;
+  static constexpr uint32_t kStateBytes = sizeof(float) * StateFloats(kColumns, D);
+  uint32_t table, first_rings, ring_bytes, rings_before, second_rings, states, shared;
 
-  __host__ __device__ constexpr Arena(uint32_t start, uint32_t stages, uint32_t rings)
+  __host__ __device__ constexpr Arena(uint32_t start, uint32_t stages, uint32_t rings,
+                                      bool with_states)
       : table(Aligned(start, Tables<Key, Value>::kAlignment)),
         first_rings(Aligned(start, 16)),
         ring_bytes(stages * kStageBytes),
         rings_before(Least((table - first_rings) / ring_bytes, rings)),
         second_rings(table + Tables<Key, Value>::kBytes),
-        shared(Aligned(second_rings + (rings - rings_before) * ring_bytes, kLevelBytes)) {}
+        states(Aligned(second_rings + (rings - rings_before) * ring_bytes, kLevelBytes)),
+        shared(states + (with_states ? kStateBytes : 0)) {}
   __host__ __device__ constexpr uint32_t End() const { return shared + sizeof(DecodeShared<D>); }
   __host__ __device__ uint32_t Ring(uint32_t warp) const {
     return warp < rings_before ? first_rings + warp * ring_bytes
@@ -64,17 +65,22 @@ struct Arena {
   }
 
   // Bytes to ask for.
-  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages, uint32_t rings) {
-    return Arena(kMostStart, stages, rings).End() - kMostStart;
+  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages, uint32_t rings,
+                                                      bool with_states) {
+    return Arena(kMostStart, stages, rings, with_states).End() - kMostStart;
   }
   // Warps that take coded tiles: as many as an H100 has memory for. A constant, as the order of
   // sums depends on it.
   static constexpr __host__ __device__ int Rings() {
     int rings = kDecodeWarps;
-    while (rings > 4 && Bytes(2, rings) > kMostShared) rings -= 4;
+    while (rings > 4 && Bytes(2, rings, false) > kMostShared) rings -= 4;
     return rings;
   }
   static constexpr int kRings = Rings();
+  static constexpr bool kSharedStates = Bytes(2, kRings, true) <= kMostShared;
+  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages) {
+    return Bytes(stages, kRings, kSharedStates);
+  }
 
  private:
   static __host__ __device__ constexpr uint32_t Aligned(uint32_t x, uint32_t to) {
@@ -101,42 +107,89 @@ __device__ __forceinline__ float StoreQuery(const float (&x)[D / kWarp], uint16_
   return unit;
 }
 
-// Rows of a problem and its new tokens → shared. All threads; synchronise before and after.
+// Hadamard (codec/hadamard.h) of a row by a warp; lane i has elements i + 32 n.
 template <int D>
-__device__ __forceinline__ void LoadQueries(const DecodeJob& job, const Problem& p,
-                                            DecodeShared<D>* shared, int warp, int lane) {
-  const AttentionJob& a = job.attention;
-  if (warp < kDecodeRows) {
-    float* scratch = reinterpret_cast<float*>(shared->reduce) + warp * D;
-    float x[D / kWarp] = {};
-    if (warp < p.rows) {
-      const int row = p.row + warp, token = row / a.group;
-      const int64_t from = RowStart(a.q, p.b, p.h * a.group + row - token * a.group, token);
+__device__ __forceinline__ void HadamardByLanes(float (&x)[D / kWarp], float scale, int lane) {
 #pragma unroll
-      for (int i = 0; i < D / kWarp; ++i) x[i] = LoadFloat(a.q, from + lane + i * kWarp);
-    }
-    const float plain = StoreQuery<D>(x, shared->query[0][warp], lane);
+  for (int stride = 1; stride < kWarp; stride *= 2) {
 #pragma unroll
-    for (int i = 0; i < D / kWarp; ++i) scratch[lane + i * kWarp] = x[i];
-    __syncwarp();
-    if (a.key.role.hadamard) WarpHadamard(scratch, D, a.key.hadamard_scale, lane);
-#pragma unroll
-    for (int i = 0; i < D / kWarp; ++i) x[i] = scratch[lane + i * kWarp];
-    const float rotated = StoreQuery<D>(x, shared->query[1][warp], lane);
-    if (lane == 0) {
-      shared->factor[0][warp] = plain;
-      shared->factor[1][warp] = rotated;
-    }
-  } else {
-    const int tokens = p.span.end - p.span.past;
-    for (int i = threadIdx.x - kDecodeRows * kWarp; i < 2 * tokens * D;
-         i += kDecodeThreads - kDecodeRows * kWarp) {
-      const int role = i >= tokens * D, t = i / D - role * tokens, element = i % D;
-      const Rows& x = role ? a.value.x : a.key.x;
-      shared->fresh[role][t][element] = LoadHalf(x, RowStart(x, p.b, p.h, t) + element);
+    for (int i = 0; i < D / kWarp; ++i) {
+      const float other = __shfl_xor_sync(kAllLanes, x[i], stride);
+      x[i] = lane & stride ? Sub(other, x[i]) : Add(x[i], other);
     }
   }
+#pragma unroll
+  for (int stride = 1; stride < D / kWarp; stride *= 2) {
+#pragma unroll
+    for (int i = 0; i < D / kWarp; ++i) {
+      if (i & stride) continue;
+      const float low = x[i], high = x[i + stride];
+      x[i] = Add(low, high);
+      x[i + stride] = Sub(low, high);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < D / kWarp; ++i) x[i] = Mul(x[i], scale);
 }
+
+// Rows of a problem and its new tokens on their way into shared memory, a row of queries for each
+// of the first warps. Loading and storing are apart so that other work hides the loads.
+template <int D>
+struct NewRows {
+  static constexpr int kThreads = kDecodeThreads - kDecodeRows * kWarp;
+  float query[D / kWarp];
+  uint16_t fresh;  // element threadIdx.x - kDecodeRows * kWarp of the tokens
+
+  static __device__ __forceinline__ uint16_t Fresh(const DecodeJob& job, const Problem& p, int i,
+                                                   int tokens) {
+    const AttentionJob& a = job.attention;
+    const int role = i >= tokens * D, t = i / D - role * tokens;
+    const Rows& x = role ? a.value.x : a.key.x;
+    return LoadHalf(x, RowStart(x, p.b, p.h, t) + i % D);
+  }
+
+  __device__ __forceinline__ void Load(const DecodeJob& job, const Problem& p, int warp,
+                                       int lane) {
+    const AttentionJob& a = job.attention;
+    const int tokens = p.span.end - p.span.past, row = p.row + warp;
+    const int first = static_cast<int>(threadIdx.x) - kDecodeRows * kWarp;
+    fresh = 0;
+#pragma unroll
+    for (int i = 0; i < D / kWarp; ++i) query[i] = 0.0f;
+    if (warp < p.rows) {
+      const int token = job.by_group(row);
+      const int64_t from = RowStart(a.q, p.b, p.h * a.group + row - token * a.group, token);
+#pragma unroll
+      for (int i = 0; i < D / kWarp; ++i) query[i] = LoadFloat(a.q, from + lane + i * kWarp);
+    } else if (first >= 0 && first < 2 * tokens * D) {
+      fresh = Fresh(job, p, first, tokens);
+    }
+  }
+
+  // All threads; synchronise before and after.
+  __device__ __forceinline__ void Store(const DecodeJob& job, const Problem& p,
+                                        DecodeShared<D>* shared, int warp, int lane) {
+    const AttentionJob& a = job.attention;
+    if (warp < kDecodeRows) {
+      const float plain = StoreQuery<D>(query, shared->query[0][warp], lane);
+      if (a.key.role.hadamard) HadamardByLanes<D>(query, a.key.hadamard_scale, lane);
+      const float rotated = StoreQuery<D>(query, shared->query[1][warp], lane);
+      if (lane == 0) {
+        shared->factor[0][warp] = plain;
+        shared->factor[1][warp] = rotated;
+      }
+      return;
+    }
+    const int tokens = p.span.end - p.span.past;
+    int i = static_cast<int>(threadIdx.x) - kDecodeRows * kWarp;
+    for (uint16_t x = fresh; i < 2 * tokens * D;) {
+      const int role = i >= tokens * D;
+      shared->fresh[role][i / D - role * tokens][i % D] = x;
+      i += kThreads;
+      if (i < 2 * tokens * D) x = Fresh(job, p, i, tokens);
+    }
+  }
+};
 
 // A lane's part of the queries as second operands: chunks j*D/16…, column r (of four rows: r % 4).
 template <int D, int kColumns>

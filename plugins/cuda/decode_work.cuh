@@ -18,8 +18,8 @@ struct Problem {
 };
 
 // Position of row `row` of the call (rows are ordered by token, then head).
-__device__ __forceinline__ int RowTime(const AttentionJob& job, const Problem& p, int row) {
-  const int time = p.span.past + row / job.group;
+__device__ __forceinline__ int RowTime(const DecodeJob& job, const Problem& p, int row) {
+  const int time = p.span.past + job.by_group(row);
   return time < p.last_time ? time : p.last_time;
 }
 
@@ -27,28 +27,35 @@ __device__ __forceinline__ int OldestKey(int time, int window) {
   return window > 0 && time >= window ? time - window + 1 : 0;
 }
 
+// ceil(x / y) for quotients up to 64.
+__device__ __forceinline__ int FewOf(int x, int y) {
+  int n = static_cast<int>(__fdividef(static_cast<float>(x), static_cast<float>(y)));
+  n -= n * y >= x;
+  return n + (n * y < x);
+}
+
 // Problem number `index` = (h * row_blocks + row block) * batch + b.
 __device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index) {
   const AttentionJob& a = job.attention;
   const int page_size = a.key.role.page_size;
   Problem p;
-  const int block = index / a.call.batch;
+  const int block = job.by_batch(index);
   p.b = index - block * a.call.batch;
-  p.h = block / job.row_blocks;
+  p.h = job.by_row_blocks(block);
   p.row = (block - p.h * job.row_blocks) * kDecodeRows;
   p.span = SpanOf(a.call, page_size, p.b);
   const int valid = (p.span.end - p.span.past) * a.group - p.row;
   p.rows = valid < 0 ? 0 : valid < kDecodeRows ? valid : kDecodeRows;
-  p.first_time = p.span.past + p.row / a.group;
-  p.last_time = p.span.past + (p.row + p.rows - 1) / a.group;
+  p.first_time = p.span.past + job.by_group(p.row);
+  p.last_time = p.rows > 0 ? p.span.past + job.by_group(p.row + p.rows - 1) : p.first_time;
   const int end = (p.last_time & ~(page_size - 1)) / kDecodeTile;
   const int begin = OldestKey(p.first_time, a.window) / kDecodeTile;
   p.tile = begin < end ? begin : end;
   p.tiles = p.rows > 0 ? end - p.tile : 0;
   const int shares = 4 * job.splits - 1;  // quarters of a split
-  const int least = kDecodeWarps, share = (4 * p.tiles + shares - 1) / shares;
+  const int least = kDecodeWarps, share = job.by_shares(4 * p.tiles + shares - 1);
   p.per_split = share > least ? share : least;
-  p.splits = p.rows > 0 ? (4 * p.tiles + p.per_split + 4 * p.per_split - 1) / (4 * p.per_split) : 0;
+  p.splits = p.rows > 0 ? FewOf(4 * p.tiles + p.per_split, 4 * p.per_split) : 0;
   return p;
 }
 
@@ -56,16 +63,27 @@ struct Tiles {
   int begin, end;
 };
 
-// Coded tiles of one warp of a split.
-__device__ __forceinline__ Tiles TilesOf(const DecodeJob& job, const Problem& p, int split,
-                                         int warp) {
+// Coded tiles of one warp of a split; kRings: warps that take such tiles.
+template <int kRings>
+__device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) {
   const int offset = split * p.per_split, rest = p.tiles - offset;
   const int count = rest < 0 ? 0 : rest < p.per_split ? rest : p.per_split;
-  constexpr int kLastWarps = kDecodeWarps - kOwnWarps;
-  const int warps = split == p.splits - 1 && job.rings > kLastWarps ? kLastWarps : job.rings;
+  constexpr int kOthers = kDecodeWarps - kOwnWarps, kLastRings = kRings < kOthers ? kRings : kOthers;
+  const bool last = split == p.splits - 1;
   const int begin = p.tile + offset;
-  if (split >= p.splits || warp >= warps) return {begin, begin};
-  return {begin + warp * count / warps, begin + (warp + 1) * count / warps};
+  if (split >= p.splits || warp >= (last ? kLastRings : kRings)) return {begin, begin};
+  if (last) return {begin + warp * count / kLastRings, begin + (warp + 1) * count / kLastRings};
+  return {begin + warp * count / kRings, begin + (warp + 1) * count / kRings};
+}
+
+// Items of a block.
+struct Items {
+  int begin, end;
+};
+__device__ __forceinline__ Items ItemsOf(const DecodeJob& job, int block) {
+  const int more = block < job.longer_blocks ? block : job.longer_blocks;
+  const int begin = block * job.block_items + more;
+  return {begin, begin + job.block_items + (block < job.longer_blocks)};
 }
 
 }  // namespace cuda
