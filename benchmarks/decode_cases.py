@@ -7,7 +7,6 @@ set by hand. A step appends a token, so codes, scales and means are what a runni
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.host_time import Host, HostClock, timed
 from hqmq_trt import codebooks, native
 from hqmq_trt.runtime import Session
 
@@ -67,30 +67,6 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype = torch.float16) 
     with torch.device(device):
         model = LlamaForCausalLM(shape.config())
     return model.to(dtype).eval()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median of `repeats` steps in seconds: all of it, and the part in which the host did not wait for the GPU."""
-
-    seconds: float
-    host_seconds: float | None
-    repeats: int
-
-
-def timed(step: Callable[[], float | None], seconds: float, least: int = 3, most: int = 100) -> Timing:
-    """Time `step` (which may tell the seconds that the host worked) for about `seconds`, after one step to warm up."""
-    step()
-    total: list[float] = []
-    host: list[float] = []
-    started = time.perf_counter()
-    while len(total) < least or (len(total) < most and time.perf_counter() - started < seconds):
-        begin = time.perf_counter()
-        worked = step()
-        total.append(time.perf_counter() - begin)
-        if worked is not None:
-            host.append(worked)
-    return Timing(statistics.median(total), statistics.median(host) if host else None, len(total))
 
 
 class _DeviceArray:
@@ -174,27 +150,28 @@ class EngineDecoder:
     def measure(self, batch: int, context: int, seconds: float) -> dict[str, Any]:
         """Milliseconds of a step: in the middle of a page, of one that fills a page, and their mean over a page."""
         session, page = self.session, self.session.scheme.page_size
-        tokens = [7 * b % session.manifest.vocab_size for b in range(batch)]
-
-        def at(past: int) -> Callable[[], float | None]:
-            def step() -> float | None:
-                session.lengths[:] = 0
-                session.lengths[:batch] = past
-                before = getattr(session, "host_seconds", None)
-                session.decode(tokens)
-                return None if before is None else session.host_seconds - before  # type: ignore[attr-defined]
-
-            return step
-
-        middle = timed(at(context - page // 2), seconds * 0.7)
-        fill = timed(at(context - 1), seconds * 0.3)
+        with HostClock(session) as clock:
+            middle = timed(lambda: clock.of(self.step(batch, context - page // 2)), seconds * 0.7)
+            fill = timed(lambda: clock.of(self.step(batch, context - 1)), seconds * 0.3)
         mean = middle.seconds + (fill.seconds - middle.seconds) / page
         return {
             "ms": 1e3 * mean,
             "fill_ms": 1e3 * fill.seconds,
-            "host_us": None if middle.host_seconds is None else 1e6 * middle.host_seconds,
+            **middle.host_us(),
             "repeats": middle.repeats,
         }
+
+    def step(self, batch: int, past: int) -> Callable[[], None]:
+        """A decode step of `batch` sequences that hold `past` tokens."""
+        session = self.session
+        tokens = [7 * b % session.manifest.vocab_size for b in range(batch)]
+        session.lengths[:] = 0
+        session.lengths[:batch] = past
+
+        def run() -> None:
+            session.decode(tokens)
+
+        return run
 
     def close(self) -> None:
         """Free the session."""
@@ -244,21 +221,23 @@ class TorchDecoder:
     @torch.no_grad()
     def measure(self, batch: int, context: int, seconds: float) -> dict[str, Any]:
         """Milliseconds of a step that sees `context` tokens."""
+        found = timed(self.step(batch, context - 1), seconds)
+        return {"ms": 1e3 * found.seconds, "fill_ms": None, **found.host_us(), "repeats": found.repeats}
+
+    def step(self, batch: int, past: int) -> Callable[[], Host | None]:
+        """A step of `batch` sequences at position `past`."""
         ids = torch.arange(batch)[:, None] * 7 % self.shape.vocab
-        if self.device.type == "cpu":
+        if self.device.type != "cpu":
+            return self._capture(ids.pin_memory(), past)
 
-            def plain() -> float | None:
-                self.forward(ids, context - 1)
-                return None
+        def plain() -> None:
+            with torch.no_grad():
+                self.forward(ids, past)
 
-            found = timed(plain, seconds)
-        else:
-            replay = self._capture(ids.pin_memory(), context - 1)
-            found = timed(replay, seconds)
-        host = None if found.host_seconds is None else 1e6 * found.host_seconds
-        return {"ms": 1e3 * found.seconds, "fill_ms": None, "host_us": host, "repeats": found.repeats}
+        return plain
 
-    def _capture(self, ids: Tensor, past: int) -> Callable[[], float | None]:
+    @torch.no_grad()
+    def _capture(self, ids: Tensor, past: int) -> Callable[[], Host]:
         held = ids.to(self.device)
         logits = torch.empty(len(ids), self.shape.vocab, dtype=self.weights.head.dtype, pin_memory=True)
 
@@ -275,11 +254,11 @@ class TorchDecoder:
             with torch.cuda.graph(graph, stream=stream):
                 once()
 
-        def replay() -> float:
-            begin = time.perf_counter()
+        def replay() -> Host:
+            begin, begin_cpu = time.perf_counter(), time.thread_time()
             with torch.cuda.stream(stream):
                 graph.replay()
-            worked = time.perf_counter() - begin
+            worked = Host(time.perf_counter() - begin, time.thread_time() - begin_cpu, 0.0, 0.0)
             stream.synchronize()
             return worked
 

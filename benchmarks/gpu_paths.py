@@ -15,6 +15,8 @@ from hqmq_trt.native import RoleParams
 from hqmq_trt.native_attention import AttentionParams
 from hqmq_trt.scheme import ROLES, Scheme
 
+DECODE = 1
+"""enum hqmq_cuda_path: the fused decode kernel."""
 _ROLES = [POINTER(RoleParams)] * 2
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hqmq_cuda_attention_path": (

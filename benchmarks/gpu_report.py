@@ -10,28 +10,29 @@ models (135M and 1.5B parameters), two modes and three schemes:
 build      compile the libraries (cmake preset ``trt``) and install them into hqmq_trt/_lib: 22
    then side by side, about 450 in all:
 plugins    tests/gpu/test_trt_plugins.py: each operator in TensorRT against the host codec (words that differ, ties) and
-           the float32 oracle: 200
-sanitizer  compute-sanitizer memcheck, racecheck and initcheck over a part of these tests; a report that names a kernel
-           of TensorRT or torch is counted apart: 120 after plugins
+           the float32 oracle; which attention kernels ran: 90
+sanitizer  compute-sanitizer memcheck, racecheck and initcheck over a part of these tests, and over small calls of the
+           kernels; a report that names a kernel of TensorRT or torch is counted apart: 100 after plugins
 export     every model as ONNX: modes x schemes, and fp16 fused; float16. Conversion of GGUF 30 to 100, during build;
-           then 60 to 90 for the exports of a model, which fork from one process
-engines    `hqmq-trt build` of each: 100 to 130 for the first of a model, which fills the timing cache, then 4 at a time
-           in about 60 each: 300 after the exports
+           then 60 to 100 for the exports of a model, which fork from one process
+engines    `hqmq-trt build` of each: 85 to 130 for the first of a model, which fills the timing cache, then 5 at a time
+           in about 60 to 100 each
 text       128 greedy tokens of each engine against PyTorch with the same HqmqCache (hqmq_trt.diff.greedy): equal, or
-           the first divergence with the gap that rounding can close; and the logits under teacher forcing. A process
-           a model and mode: 100 after its engines
-diff       `hqmq-trt diff --engine` over a prefill of 512 tokens and 64 decode steps: 100 after its engine
-samples    builds samples/cpp and compares its tokens with the Python session's: 70 after the first model's engines
-tests      tests/gpu/test_{trt_session,trt_diff,samples,engine_build,ort_cuda}.py, 3 at a time, each with its limit: up
-           to 400
-   then one at a time, on a quiet GPU, about 440 in all:
-memory     device bytes of the cache against `hqmq-trt memory`: 40
+           the first divergence with the gap that rounding can close; the logits under teacher forcing; the kernels
+           that a decode step really launched. A process an engine, 50 after it
+diff       `hqmq-trt diff --engine` over a prefill of 512 tokens and 64 decode steps: 120 after its engine
+samples    builds samples/cpp and compares its tokens with the Python session's: 75 after the first model's engines
+tests      tests/gpu/test_{trt_session,trt_diff,samples,engine_build,ort_cuda}.py, side by side, each with its limit
+           (--tests picks some): up to 400
+   then one at a time, on a quiet GPU, about 400 in all:
+speed      benchmarks/engine.py: 90. Its engines are exported and built beside the rest, after the models': 130. At the
+           end which kernels its steps launch: 40
+quiet      the tests that count free device memory or time the host: 250
 inplace    addresses of past and present; time and DRAM bytes of a step when only the capacity grows: 50
-tests      the tests that count free device memory or time the host: 60
-speed      benchmarks/engine.py: 290. Its engines are exported and built beside the rest, after the models': 130
+memory     device bytes of the cache against `hqmq-trt memory`: 40
 tables     report.json and report.md in --output, after every job; on the stdout at the end
 
-Together about 950 seconds: two calls of at most 10 minutes, the second with what the first had no time for. A failure
+Together about 1000 seconds: two calls of at most 10 minutes, the second with what the first had no time for. A failure
 is recorded and the rest goes on; the exit code is 1 if anything failed. Results and logs stay in --work, and a later
 call goes on from there (--again repeats): cut the whole into calls of limited length with --deadline.
 """
@@ -52,6 +53,7 @@ from benchmarks.machine import log, machine
 from benchmarks.report_commands import Result, Runner
 from benchmarks.report_stages import STAGES, Options, Stages
 from benchmarks.report_tables import print_report, write_report
+from benchmarks.report_tests import TESTS
 
 PROMPT = (
     "The history of the lighthouse begins with fires on hilltops. Later they were raised on platforms so that ships "
@@ -91,6 +93,8 @@ def main(
     keep_exports: Annotated[bool, typer.Option("--keep-exports", help="Keep ONNX files after their engines.")] = False,
     speed: Annotated[str, typer.Option(help="More arguments for benchmarks.engine, in one string.")] = "",
     deadline: Annotated[float, typer.Option(help="Seconds for this call; what is left goes into the next.")] = 3600.0,
+    tests: Annotated[str, typer.Option(help=f"Test files of stages tests and quiet: {', '.join(TESTS)}.")] = "",
+    engines_after: Annotated[Path | None, typer.Option(help="Engines wait for this file, as of a TensorRT.")] = None,
     commit: Annotated[str | None, typer.Option(help="Where git cannot tell.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print the plan and exit.")] = False,
 ) -> None:
@@ -99,6 +103,9 @@ def main(
     wanted = set(stages.split(","))
     if unknown := sorted(wanted - set(STAGES)):
         raise typer.BadParameter(f"unknown stage {unknown[0]}: use {', '.join(STAGES)}")
+    files = [name for name in tests.split(",") if name]
+    if odd := sorted(set(files) - set(TESTS)):
+        raise typer.BadParameter(f"unknown test file {odd[0]}: use {', '.join(TESTS)}")
     if no_build:
         wanted.discard("build")
     options = Options(
@@ -116,10 +123,12 @@ def main(
         cmake=cmake or [],
         keep_exports=keep_exports,
         speed=speed.split(),
+        tests=files,
+        engines_after=engines_after,
     )
     if not options.models and wanted & {"export", "engines", "text", "memory", "diff", "samples"}:
         raise typer.BadParameter(
-            "give a --model, or only the stages build, plugins, sanitizer, tests, inplace, speed and tables"
+            "give a --model, or only the stages build, plugins, sanitizer, tests, quiet, inplace, speed and tables"
         )
     if list_only:
         print("stages:", ", ".join(stage for stage in STAGES if stage in wanted))

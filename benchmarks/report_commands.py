@@ -108,7 +108,8 @@ class Runner:
         """Run the cases of a job in one process, which loads once what they share; a result is kept for each case.
 
         The job gets ``cases``, a list of the cases' own arguments, each with ``result``: the file that it writes as
-        soon as the case is done, with ``ok`` and ``seconds``. `on_case(key, result)` is called as these appear.
+        soon as the case is done, with ``ok`` and ``seconds``. `on_case(key, result)` is called as these appear. `name`,
+        of the process, must not be a case's.
         """
         waiting: dict[str, Path] = {}
         for key in cases:

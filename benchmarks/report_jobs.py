@@ -207,6 +207,7 @@ def text(model: str, prompt: str, count: int, cases: list[Case]) -> Result:
 
 def one_text(engine: str, network: Any, prompt: str, count: int) -> Result:
     """Greedy text of an engine against PyTorch with the same HqmqCache (hqmq_trt.diff.greedy)."""
+    from benchmarks.gpu_kernels import decode_kernels, launches
     from hqmq_trt import cuda
     from hqmq_trt.diff.greedy import greedy
     from hqmq_trt.manifest import Manifest
@@ -230,8 +231,16 @@ def one_text(engine: str, network: Any, prompt: str, count: int) -> Result:
         wanted, logits = follow(reference, ids, count)
         session.reset()
         _, forced = follow(step, ids, count, wanted)
+        # Kernels that ran, of a step by the CUDA graph and of a chunk: last, as the profiler stays in the process.
+        ran = decode_kernels(lambda: session.append([[ids[0]]]), manifest, 1, session.num_pages)
+        session.reset()
+        ran["prefill"] = launches(lambda: session.append([ids]))
+    problem = None if check.passed else str(check)
+    if ran.get("as_said") is False:
+        problem = f"attention ran in {ran['launches']} instead of one kernel a layer, path {ran['path']} {ran['why']}"
     return {
-        **({} if check.passed else {"ok": False, "error": str(check)}),
+        **({} if problem is None else {"ok": False, "error": problem}),
+        "kernels": ran,
         **check.document(),
         **compare_logits(logits, forced),
         "verdict": str(check),

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,40 +23,19 @@ from typing import Any
 
 from benchmarks.machine import log
 from benchmarks.report_commands import Result, Runner, together
-from benchmarks.report_readers import (
-    read_document,
-    read_junit,
-    read_last_json,
-    read_ncu,
-    read_sanitizer,
-    read_speed,
-    read_words,
-)
+from benchmarks.report_readers import read_document, read_last_json, read_ncu, read_speed, read_words
+from benchmarks.report_tests import Checks
 
 STAGES = (
     *("build", "plugins", "sanitizer", "export", "engines", "text", "diff", "samples", "tests"),
-    *("memory", "inplace", "speed", "tables"),
+    *("speed", "quiet", "inplace", "memory", "tables"),
 )
 ORT_PARAMETERS = 500_000_000
 """Models up to this size run in ONNX Runtime too when `diff` reads them: on a CPU it computes float16 by converting."""
-TESTS = {"trt_session": 400.0, "trt_diff": 400.0, "samples": 300.0, "engine_build": 300.0, "ort_cuda": 200.0}
-"""Files tests/gpu/test_*.py of stage ``tests`` with their limits in seconds."""
-QUIET = {"trt_session": "thousand_sessions or host_time", "trt_diff": "given_back", "ort_cuda": "memory_back"}
-"""Tests of these files that others on the GPU disturb, for pytest -k: they count its free memory, or time the host."""
-SPEED_BUDGET = 250
-"""Seconds of measuring in stage ``speed``."""
-SLOTS = {"engine": 4, "text": 4, "diff": 3, "tests": 3}
-"""Jobs of a kind side by side."""
-
-SANITIZED = {
-    "memcheck": "(oracle and (decode or prefill or single) and float16 and not bfloat16) or without_a_page or "
-    "(of_the_host and float16 and not bfloat16)",
-    "racecheck": "(oracle and (decode or single) and float16 and not bfloat16) or "
-    "(of_the_host and float16 and not bfloat16)",
-    "initcheck": "(oracle and (decode or prefill) and float16 and not bfloat16) or "
-    "(of_the_host and float16 and not bfloat16)",
-}
-"""Tests that each tool sees, for pytest -k. They use one fp16 engine of attention nodes and one of Q/D nodes."""
+SPEED_BUDGET, SPEED_LEAST = 200.0, 60.0
+"""Seconds of measuring in stage ``speed``: at most, and those without which it does not begin."""
+SLOTS = {"engine": 5, "text": 3, "diff": 3}
+"""Jobs of a kind side by side. A text of a model of 1.5B parameters takes 15 GB of the GPU."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +70,8 @@ class Options:
     cmake: list[str]
     keep_exports: bool
     speed: list[str]
+    tests: Sequence[str] = ()
+    engines_after: Path | None = None
 
     def combos(self) -> list[Combo]:
         """All engines, the models in turn so that small and large ones run side by side."""
@@ -115,6 +97,7 @@ class Stages:
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         self._slots = {kind: Semaphore(count) for kind, count in SLOTS.items()}
         self._first = {name: Lock() for name in options.models}
+        self.checks = Checks(runner, options.tests)
 
     def run(self, wanted: set[str]) -> None:
         """Run the stages asked for."""
@@ -128,14 +111,14 @@ class Stages:
                 log("the libraries were not built: going on with those that are there")
             tasks: list[Callable[[], Any]] = []
             if wanted & {"plugins", "sanitizer"}:
-                tasks.append(partial(self.kernels, wanted))
+                tasks.append(partial(self.checks.kernels, wanted))
             if sources | (wanted & {"engines"}):
                 tasks += [partial(self.chain, name, wanted, converted[name], built[name]) for name in models]
             else:
                 for event in built.values():
                     event.set()
             if "tests" in wanted:
-                tasks += [partial(self.tests, name) for name in self.files()]
+                tasks += [partial(self.checks.beside, name) for name in self.checks.files()]
             if "samples" in wanted:
                 tasks.append(partial(self.samples, built))
             if "speed" in wanted:
@@ -145,15 +128,16 @@ class Stages:
                 future.result()
         # From here on nothing else runs on the GPU.
         engines = {c.key: str(self.engine(c)) for c in self.options.combos() if self.engine(c).is_dir()}
-        if "memory" in wanted:
-            self.runner.job("memory", "all", {"engines": engines}, 240)
-        if "inplace" in wanted:
-            self.inplace(list(engines.items()))
-        if "tests" in wanted:
-            for name in [name for name in QUIET if name in self.files()]:
-                self.tests(name, quiet=True)
         if "speed" in wanted:
             self.speed()
+        if "quiet" in wanted:
+            self.checks.alone()
+        if "inplace" in wanted:
+            self.inplace(list(engines.items()))
+        if "memory" in wanted:
+            self.runner.job("memory", "all", {"engines": engines}, 240)
+        if "speed" in wanted:
+            self.runner.command("speed", "kernels", self._speed("kernels"), 120, read_words, threads=4)
 
     def onnx(self, combo: Combo) -> Path:
         """Folder of an export."""
@@ -195,15 +179,14 @@ class Stages:
                 if self.runner.kept("convert", name) is None:
                     return
             exported = {combo.key: Event() for combo in combos}
-            with ThreadPoolExecutor(2 * len(combos) + len(self.options.modes) + 1) as pool:
+            with ThreadPoolExecutor(3 * len(combos) + 1) as pool:
                 exports = pool.submit(self.exports, name, wanted, exported)
                 engines = {
                     combo: pool.submit(self.build_engine, combo, exported[combo.key], wanted) for combo in combos
                 }
                 later: list[Future[Any]] = [exports]
-                for mode in self.options.modes if "text" in wanted else ():
-                    group = {combo: future for combo, future in engines.items() if combo.mode == mode}
-                    later.append(pool.submit(self.texts, f"{name}.{mode}", group))
+                for combo, future in engines.items() if "text" in wanted else ():
+                    later.append(pool.submit(self.text, combo, future))
                 for combo in self.options.diff_combos() if "diff" in wanted else ():
                     if combo in engines:
                         later.append(pool.submit(self.diff, combo, engines[combo]))
@@ -240,6 +223,9 @@ class Stages:
         exported.wait()
         if "engines" not in wanted:
             return self.engine(combo).is_dir()
+        after = self.options.engines_after
+        while after is not None and not after.exists() and self.runner.left() > 5:
+            time.sleep(0.5)
         if "export" in wanted and not self.engine(combo).is_dir() and self.runner.kept("export", combo.key) is None:
             return False
         cache = self.work / f"timing.{combo.model}.cache"
@@ -263,13 +249,15 @@ class Stages:
             shutil.rmtree(self.onnx(combo), ignore_errors=True)  # disks are small where GPUs are lent
         return True
 
-    def texts(self, name: str, engines: dict[Combo, Future[bool]]) -> None:
-        """Read the engines of one model and mode in one process, which loads PyTorch's model once."""
+    def text(self, combo: Combo, engine: Future[bool]) -> None:
+        """Read an engine beside PyTorch as soon as it is built."""
+        if not engine.result():
+            return
         options = self.options
-        cases: dict[str, Result] = {c.key: {"engine": str(self.engine(c))} for c, f in engines.items() if f.result()}
-        arguments: Result = {"model": self.model(name.partition(".")[0]), "prompt": options.prompt}
+        arguments: Result = {"model": self.model(combo.model), "prompt": options.prompt, "count": options.tokens}
         with self._slots["text"]:
-            self.runner.batch("text", name, {**arguments, "count": options.tokens}, cases, 400)
+            cases = {combo.key: {"engine": str(self.engine(combo))}}
+            self.runner.batch("text", f"{combo.key}.process", arguments, cases, 400)
 
     def diff(self, combo: Combo, engine: Future[bool]) -> None:
         """`hqmq-trt diff`: PyTorch, TensorRT and, for small models, ONNX Runtime over 512 tokens and 64 steps."""
@@ -286,57 +274,6 @@ class Stages:
             found = self.runner.command("diff", combo.key, command, 240, read_document, threads=4)
         if found["ok"] and not self.options.keep_exports:
             shutil.rmtree(self.onnx(combo), ignore_errors=True)
-
-    def kernels(self, wanted: set[str]) -> None:
-        """The plugin tests, then the same engines under compute-sanitizer, its tools side by side."""
-        if "plugins" in wanted:
-            self.pytest("plugins", "all", "trt_plugins", 400)
-        if "sanitizer" in wanted and not any((self.work / "plans").glob("*.plan")):
-            for tool in SANITIZED:  # building engines under the sanitizer would take minutes
-                self.runner.fail("sanitizer", tool, "there are no plans: run stage plugins")
-        elif "sanitizer" in wanted:
-            together([partial(self.sanitizer, tool) for tool in SANITIZED])
-
-    def pytest(self, stage: str, key: str, file: str, seconds: float, *more: str, threads: int = 2) -> None:
-        """tests/gpu/test_{file}.py; counts of bytes and errors come from the properties it records."""
-        report = self.runner.logs / f"{stage}.{key}.xml"
-        if self.runner.kept(stage, key) is None:
-            report.unlink(missing_ok=True)
-        command = [sys.executable, *_PYTEST, f"tests/gpu/test_{file}.py", f"--junitxml={report}", *more]
-
-        def read(output: str, code: int) -> Result:
-            if not report.is_file():  # ended by its limit: pytest writes it last
-                return {"ok": False}
-            found = read_junit(report)
-            problem = None if found["ok"] else f"failed: {', '.join(found['failed']) or 'no test ran'}"
-            return {**found, "ok": code == 0 and found["ok"], "error": problem}
-
-        self.runner.command(stage, key, command, seconds, read, threads=threads)
-
-    def files(self) -> list[str]:
-        """TESTS that this machine can run: it has onnxruntime or onnxruntime-gpu, which are one module."""
-        import onnxruntime
-
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            return list(TESTS)
-        self.runner.keep("tests", "ort_cuda", {"ok": True, "seconds": 0.0, "note": "not run: no onnxruntime-gpu here"})
-        return [name for name in TESTS if name != "ort_cuda"]
-
-    def tests(self, name: str, quiet: bool = False) -> None:
-        """One file of TESTS: what may run beside others, or the tests in QUIET."""
-        if quiet:
-            self.pytest("tests", f"{name}_quiet", name, TESTS[name], "-k", QUIET[name])
-            return
-        some = ("-k", f"not ({QUIET[name]})") if name in QUIET else ()
-        with self._slots["tests"]:
-            self.pytest("tests", name, name, TESTS[name], *some)
-
-    def sanitizer(self, tool: str) -> None:
-        """One tool of compute-sanitizer over SANITIZED, without torch's caching allocator, which would hide errors."""
-        command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--print-limit", "50"]
-        command += [sys.executable, *_PYTEST, "tests/gpu/test_trt_plugins.py", "-k", SANITIZED[tool]]
-        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        self.runner.command("sanitizer", tool, command, 240, read_sanitizer, env)
 
     def inplace(self, engines: list[tuple[str, str]]) -> None:
         """Addresses and time of a step over capacities: of engines, and of one operator with a large cache and ncu."""
@@ -378,29 +315,26 @@ class Stages:
         """Export and build the engines of benchmarks/engine.py, after the models' own: a builder times kernels."""
         for event in built.values():
             event.wait()
-        self.runner.command("speed", "prepare", self._speed("prepare", "--jobs", "2"), self.options.limit)
+        self.runner.command("speed", "prepare", self._speed("export,build", "--jobs", "2"), self.options.limit)
 
     def speed(self) -> None:
         """Measure the table of benchmarks/engine.py; what a killed run has measured is read too."""
         if self.runner.kept("speed", "prepare") is None:
             self.runner.fail("speed", "measure", "its engines were not built")
             return
-        done = self.runner.kept("speed", "measure") is not None
-        if not done and self.runner.left() < SPEED_BUDGET + 45:
-            needed = f"the time was up: it takes {SPEED_BUDGET + 45} s; run the stage again"
-            self.runner.fail("speed", "measure", needed)
+        if self.runner.kept("speed", "measure") is not None:
             return
-        command = self._speed("measure", "--budget", str(SPEED_BUDGET))
+        budget = min(SPEED_BUDGET, self.runner.left() - 45)
+        if budget < SPEED_LEAST:
+            self.runner.fail("speed", "measure", f"the time was up: it takes {SPEED_LEAST + 45:.0f} s; run it again")
+            return
         table = self.work / "speed" / "engine.json"
-        if not done:
-            table.unlink(missing_ok=True)
-        self.runner.command("speed", "measure", command, SPEED_BUDGET + 60, partial(read_speed, table), threads=4)
+        table.unlink(missing_ok=True)
+        command = self._speed("measure", "--budget", f"{budget:.0f}")
+        self.runner.command("speed", "measure", command, budget + 40, partial(read_speed, table), threads=4)
 
     def copy_speed(self, output: Path) -> None:
         """Copy the table and plot of benchmarks/engine.py, where there are any."""
         for name in ("engine.json", "engine.md", "engine.png"):
             with suppress(FileNotFoundError):
                 shutil.copyfile(self.work / "speed" / name, output / name)
-
-
-_PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.engine_tables import NOTE, comparison
 from hqmq_trt.cli.output import size
 
 Result = dict[str, Any]
@@ -74,20 +75,33 @@ def _texts(results: Results) -> Sheet:
     rows = []
     for key, found in results.get("text", {}).items():
         if "new_tokens" not in found:
-            rows.append([key, *[""] * 5, _passed(found), ""])
+            rows.append([key, *[""] * 5, _passed(found), "", ""])
             continue
         first = found["first_divergence"]
         equal = f"all {found['new_tokens']} equal" if first is None else f"token {first} differs"
         gap = "" if first is None else f"{found['gap']:.3g} / {_number(found['bound'])}"
         numbers = [_number(found["max_abs_difference"]), _number(found["mean_kl"], ".1e"), f"{found['top1']:.1%}"]
-        rows.append([key, equal, gap, *numbers, _passed(found), found["torch_kernels"]])
-    columns = ("engine", "greedy text", "gap / bound", "largest difference", "mean KL", "top-1", "", "PyTorch kernels")
+        rows.append([key, equal, gap, *numbers, _passed(found), _ran(found.get("kernels")), found["torch_kernels"]])
+    numbers_of = ("largest difference", "mean KL", "top-1", "")
+    columns = ("engine", "greedy text", "gap / bound", *numbers_of, "our kernels in a decode step", "PyTorch kernels")
     note = (
         "Greedy tokens against PyTorch with the same HqmqCache. gap: between PyTorch's two likeliest tokens where the "
         "texts part; bound: what rounding can close (twice the largest change of a logit when PyTorch computes in "
-        "float32). Difference, KL and top-1 are of the logits with the engine fed PyTorch's tokens."
+        "float32). Difference, KL and top-1 are of the logits with the engine fed PyTorch's tokens. Kernels: as the "
+        "profiler saw them in a replay of the engine's CUDA graph; as said: one a layer, hqmq_cuda_attention_path's."
     )
     return Sheet("Text", columns, rows, note)
+
+
+def _ran(kernels: Result | None) -> str:
+    """Launches of our kernels, and whether they are those that hqmq_cuda_attention_path names."""
+    if kernels is None:
+        return ""
+    if "unseen" in kernels:
+        return f"not seen: {kernels['unseen'][:80]}"
+    counts = ", ".join(f"{count} {name}" for name, count in kernels["launches"].items())
+    said = {None: "", True: "; as said", False: "; NOT AS SAID"}[kernels["as_said"]]
+    return f"{counts or 'none'}; {kernels['layers']} layers{said}"
 
 
 def _plugins(results: Results) -> Sheet:
@@ -97,7 +111,8 @@ def _plugins(results: Results) -> Sheet:
         rows.append(["all tests", ", ".join(counts), "", "", "", ""])
         for name, values in found.get("measured", {}).items():
             cells = [_number(values.get(key), ",.0f") for key in ("words", "differing_words", "tied_tokens")]
-            rows.append([name.removeprefix("test_"), "", *cells, _number(values.get("relative_error"), ".1e")])
+            ran = ", ".join(f"{v:.0f} {k}" for k, v in values.items() if k.endswith("Kernel"))
+            rows.append([name.removeprefix("test_"), ran, *cells, _number(values.get("relative_error"), ".1e")])
     columns = ("plugins in TensorRT", "tests", "words", "differ from the host", "tied tokens", "largest relative error")
     return Sheet("Operators", columns, rows)
 
@@ -168,24 +183,17 @@ def _tests(results: Results) -> Sheet:
     rows = []
     for key, found in results.get("tests", {}).items():
         counts = [str(found.get(name, "")) for name in ("passed", "failures", "errors", "skipped")]
-        said = found.get("note") or _passed(found)
+        said = "; ".join([found.get("note") or _passed(found), *found.get("said", [])])
         rows.append([key, f"{found['seconds']:.0f}", *counts, ", ".join(found.get("failed", [])), said])
     return Sheet("Tests on the GPU", ("file", "s", "passed", "failed", "errors", "skipped", "which", ""), rows)
 
 
 def _speed(results: Results) -> Sheet:
     found = results.get("speed", {}).get("measure", {})
-    rows = []
-    for row in sorted(found.get("rows", []), key=lambda r: (r["batch_asked"], r["context"], r["case"])):
-        if "ms" not in row:
-            rows.append([str(row["batch_asked"]), f"{row['context']:,}", row["case"], *[""] * 4, row["skipped"][:80]])
-            continue
-        cells = [_number(row.get(key), style) for key, style in (("ms", ".3f"), ("tokens_per_s", ",.0f"))]
-        cells += [_number(row.get(key), ".2f") for key in ("over_fp16", "over_torch")]
-        rows.append([str(row["batch"]), f"{row['context']:,}", row["case"], *cells, ""])
-    columns = ("batch", "context", "case", "ms", "tokens/s", "x fp16", "x PyTorch", "")
-    targets = (f"{t['target']}: {_number(t['value'], '.2f') or 'not measured'}" for t in found.get("targets", []))
-    return Sheet(f"Decode steps: {found.get('title', '')}", columns, rows, "; ".join(targets))
+    columns, rows = comparison(found.get("rows", []))
+    words = {None: "not measured", True: "reached", False: "NOT REACHED"}
+    targets = (f"{t['target']}: {_number(t['value'], '.2f')} {words[t['reached']]}" for t in found.get("targets", []))
+    return Sheet(f"Decode steps, best first: {found.get('title', '')}", columns, rows, "; ".join([*targets, NOTE]))
 
 
 def _others(results: Results) -> Sheet:

@@ -14,8 +14,10 @@ import typer
 
 from benchmarks import engine
 from benchmarks.decode_cases import Shape, TorchDecoder, plan_points, random_model
-from benchmarks.engine import Point, finish, measure, sequences_that_fit, table, targets
+from benchmarks.engine import Point, measure
+from benchmarks.engine_tables import TORCH, comparison, finish, sequences_that_fit, table, targets
 from benchmarks.gpu_report import parse_model
+from benchmarks.host_time import HostClock, timed
 from benchmarks.report_jobs import compare_logits, follow
 from benchmarks.report_readers import last_words, read_junit, read_ncu, read_sanitizer, read_speed
 from benchmarks.report_tables import sheets
@@ -72,10 +74,62 @@ def test_the_focus_is_measured_first_and_targets_follow_from_rows() -> None:
     for case, speed in (("fp16", 2.0), ("hq3", 1.0)):
         for batch, context in points:
             row = {"case": case, "batch_asked": batch, "batch": batch, "context": context, "ms": speed * context}
-            rows.append(row | {"host_us": 60.0, "fill_ms": None, "repeats": 3})
+            rows.append(row | {"host_us": 60.0, "host_least_us": 40.0, "fill_ms": None, "repeats": 3})
     finish(rows, layers=8)
     reached = [target["reached"] for target in targets(rows, sequences_that_fit(["fp16", "hq3"]))]
-    assert reached == [True, True, False, True]
+    assert reached == [True, True, None, None, False, True, True]
+
+
+def test_points_are_compared_with_the_faster_fp16_and_the_best_comes_first() -> None:
+    times = {TORCH: (2.0, 9.0), "hq3": (1.0, 2.0), "fp16": (3.0, 8.0)}
+    rows = [
+        {"case": case, "batch": 1, "context": context, "ms": ms[i]}
+        for case, ms in times.items()
+        for i, context in enumerate((1024, 4096))
+    ]
+    columns, lines = comparison(rows)
+    assert columns[-1] == "hq3 over the faster fp16"
+    assert [line[1] for line in lines] == ["4,096", "1,024"]
+    assert [line[-1] for line in lines] == ["4.00", "2.00"]
+
+
+class Waiting:
+    """A session of which a step waits for a GPU `waits` times, 20 ms each, and works 5 ms before and 3 ms after."""
+
+    class Executor:
+        def _wait(self) -> None:
+            time.sleep(0.02)
+
+    def __init__(self, waits: int = 1) -> None:
+        self._gpu, self.waits = self.Executor(), waits
+
+    def decode(self) -> None:
+        spin(0.005)
+        for _ in range(self.waits):
+            self._gpu._wait()
+        spin(0.003)
+
+
+def spin(seconds: float) -> None:
+    start = time.thread_time()
+    while time.thread_time() < start + seconds:
+        pass
+
+
+def test_the_hosts_part_of_a_step_leaves_out_its_wait() -> None:
+    session = Waiting()
+    with HostClock(session) as clock:
+        found = timed(lambda: clock.of(session.decode), 0.0, least=5)
+    assert found.repeats == len(found.host) == 5
+    assert found.seconds > 0.028
+    times = found.host_us()
+    assert 8e3 < times["host_least_us"] <= times["host_us"] < 12e3
+    assert min(host.submit_cpu for host in found.host) == pytest.approx(5e-3, rel=0.2)
+    assert "_wait" not in vars(session._gpu), "the session is as it was"
+    with HostClock(Waiting(2)) as clock:
+        assert clock.of(Waiting(2).decode) is None
+    with HostClock(object()) as clock:
+        assert clock.of(lambda: None) is None
 
 
 def test_the_torch_baseline_is_the_transformers_model() -> None:
@@ -183,7 +237,8 @@ def test_a_speed_table_is_there_after_every_case(tmp_path: Path, monkeypatch: py
     (sheet,) = [
         s for s in sheets({"speed": {"measure": {**found, "error": "ended", "seconds": 1.0}}}) if "toy model" in s.title
     ]
-    assert len(sheet.rows) == len(document["rows"]) == 8
+    assert len(document["rows"]) == 8
+    assert [row[:2] for row in sheet.rows] == [["8", "8,192"], ["8", "4,096"], ["1", "8,192"], ["1", "4,096"]]
 
 
 def test_the_exception_is_the_last_word() -> None:

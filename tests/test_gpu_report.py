@@ -144,13 +144,14 @@ def test_stages_wait_for_what_they_need_and_timings_for_a_quiet_gpu(
     assert {key: "--no-ort" in words for key, _, _, words in lines if key.startswith("diff ")} == {
         "diff s.fused.hq4": False, "diff s.qdq.hq4": False, "diff b.fused.hq4": True, "diff b.qdq.hq4": True,
     }  # fmt: skip
-    assert ran["speed prepare"][0] >= max(end for name, (_, end) in ran.items() if name.startswith("engine "))
+    assert ran["speed export,build"][0] >= max(end for name, (_, end) in ran.items() if name.startswith("engine "))
     quiet = [
         n
         for n in ran
-        if n in ("memory", "addresses", "speed measure") or n.endswith("-k thousand_sessions or host_time")
+        if n in ("memory", "addresses", "speed measure", "speed kernels")
+        or n.endswith("-k thousand_sessions or host_time")
     ]
-    assert len(quiet) == 4
+    assert len(quiet) == 5
     for one in quiet:
         begin, end = ran[one]
         assert all(name == one or b >= end or e <= begin for name, (b, e) in ran.items()), f"{one} was not alone"
@@ -171,10 +172,10 @@ def test_after_an_end_nothing_runs_and_nothing_begins(tmp_path: Path) -> None:
 def test_a_test_file_of_the_gpu_is_run_with_its_limit_and_what_failed_is_named(tmp_path: Path) -> None:
     runner = Runner(tmp_path, False, time.monotonic() + 100)
     stages = Stages(runner, options("nowhere"))
-    stages.pytest("tests", "none", "no_such_file", 60)
+    stages.checks.pytest("tests", "none", "no_such_file", 60)
     assert not runner.collect()["tests"]["none"]["ok"]
     report = runner.logs / "tests.ended.xml"
-    stages.pytest("tests", "ended", "trt_session", 0.1)
+    stages.checks.pytest("tests", "ended", "trt_session", 0.1)
     assert not report.exists()
     assert runner.collect()["tests"]["ended"]["error"].startswith("not done after 0 s")
 

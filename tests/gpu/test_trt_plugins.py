@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_kernels import FUSED, PLAIN, by_short_name, kernels
+from benchmarks.gpu_paths import DECODE, attention_path
 from hqmq_trt import native, native_attention, oracle
 from hqmq_trt.scheme import ROLES
 from tests.attention_cases import Attention, bits, relative_error
@@ -137,6 +139,25 @@ def test_attention_follows_the_oracle(node: Node, run: str, dtype: torch.dtype, 
     different = {key: _differing(outputs[key], x) for key, x in _named(node, "present", host, sizes).items()}
     record_property("differing_words", sum(different.values()))
     assert not any(different.values()), f"words that differ from the host's: {different}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_engines_run_the_kernels_that_the_library_names(dtype: torch.dtype, record_property: Record) -> None:
+    """hqmq_cuda_attention_path says which kernel attends; torch's profiler sees which one TensorRT launched."""
+    running, _ = _attention(dtype, "decode")
+    past, _, capacity = RUNS["decode"]
+    paths = []
+    for node in ATTENTION:
+        q, k, _ = _case(node, past, capacity, dtype).inputs(1)
+        pages = capacity // node.parsed.page_size
+        paths.append(attention_path(q, k, pages, node.parsed, node.window, node.softcap)[0])
+    fused = paths.count(DECODE)
+    assert (fused == 0) == (dtype == torch.float32)
+    seen = {name: kernel.launches for name, kernel in by_short_name(kernels(running)).items()}
+    for name, count in seen.items():
+        record_property(name, count)
+    assert seen.get(FUSED, 0) == fused
+    assert seen.get(PLAIN, 0) == len(paths) - fused
 
 
 @pytest.mark.parametrize("run", ["decode", "prefill"])
