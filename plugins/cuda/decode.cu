@@ -13,7 +13,8 @@ namespace cuda {
 namespace {
 
 struct Instance {
-  int code_bits[2], index_bits[2], head_dim, columns, rings;  // K, V
+  int code_bits[2], index_bits[2], head_dim, columns;  // K, V
+  bool shared_states;
   int (*stages)(int shared_limit);
   Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
 };
@@ -25,7 +26,7 @@ constexpr Instance Make() {
           {Key::kIndexBits, Value::kIndexBits},
           D,
           kColumns,
-          I::kRings,
+          I::kSharedStates,
           I::Stages,
           I::Run};
 }
@@ -97,7 +98,7 @@ bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
   }
   if (job.value.role.page_mean) return Refuse(why, "V has page means");
   const Cut cut = CutOf(job);
-  if (cut.problems * cut.splits > 0x7FFFFFFF) return Refuse(why, "the batch is too large");
+  if (cut.problems * cut.splits > 1 << 30) return Refuse(why, "the batch is too large");
   if (!FindInstance(job))
     return Refuse(why, "there is no instance for this head_dim, layout of codes and radius bits");
   return true;
@@ -128,10 +129,27 @@ size_t DecodeCounterBytes(const AttentionJob& job) {
   return sizeof(uint32_t) * CutOf(job).problems;
 }
 
-size_t DecodePartBytes(const AttentionJob& job) {
-  const Cut cut = CutOf(job);
+namespace {
+
+size_t PartBytes(const AttentionJob& job, const Cut& cut) {
   return sizeof(float) * cut.problems * (cut.splits + 1) *
          PartFloats(DecodeColumns(job.group * job.call.tokens), job.key.role.head_dim);
+}
+
+int64_t MostBlocks(const Cut& cut) {
+  return std::min<int64_t>(cut.problems * cut.splits, kMostDecodeBlocks);
+}
+
+}  // namespace
+
+size_t DecodePartBytes(const AttentionJob& job) {
+  const Cut cut = CutOf(job);
+  const Instance& instance = *FindInstance(job);
+  const size_t states =
+      instance.shared_states
+          ? 0
+          : sizeof(float) * MostBlocks(cut) * StateFloats(instance.columns, instance.head_dim);
+  return PartBytes(job, cut) + states;
 }
 
 Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
@@ -140,6 +158,7 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   if (Status status = CurrentGpu(&gpu); !status.ok()) return status;
   const Instance& instance = *FindInstance(attention);
   const Cut cut = CutOf(attention);
+  const auto divider = [](int64_t divisor) { return Divider::Of(static_cast<uint32_t>(divisor)); };
   DecodeJob job;
   job.attention = attention;
   job.rows = attention.group * attention.call.tokens;
@@ -147,12 +166,20 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.splits = cut.splits;
   job.page_shift = 0;
   while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
-  job.rings = instance.rings;
   job.stages = instance.stages(gpu.shared_limit);
   job.items = static_cast<int>(cut.problems * cut.splits);
+  const int blocks = static_cast<int>(std::min<int64_t>(MostBlocks(cut), gpu.multiprocessors));
+  job.block_items = job.items / blocks;
+  job.longer_blocks = job.items % blocks;
+  job.by_splits = divider(cut.splits);
+  job.by_batch = divider(attention.call.batch);
+  job.by_row_blocks = divider(cut.row_blocks);
+  job.by_group = divider(attention.group);
+  job.by_shares = divider(4 * cut.splits - 1);
   job.parts = parts;
+  job.states = instance.shared_states ? nullptr : parts + PartBytes(attention, cut) / sizeof(float);
   job.counters = counters;
-  return instance.run(job, std::min(job.items, gpu.multiprocessors), gpu, stream);
+  return instance.run(job, blocks, gpu, stream);
 }
 
 }  // namespace cuda

@@ -14,7 +14,7 @@ template <class Key, class Value, int D, int kColumns>
 int DecodeInstance<Key, Value, D, kColumns>::Stages(int shared_limit) {
   int stages = kMostStages;
   while (stages > 1 &&
-         Arena<Key, Value, D>::Bytes(stages, kRings) > static_cast<uint32_t>(shared_limit))
+         Arena<Key, Value, D, kColumns>::Bytes(stages) > static_cast<uint32_t>(shared_limit))
     --stages;
   return stages;
 }
@@ -23,7 +23,7 @@ template <class Key, class Value, int D, int kColumns>
 Status DecodeInstance<Key, Value, D, kColumns>::Run(const DecodeJob& job, int blocks,
                                                     const Gpu& gpu, cudaStream_t stream) {
   return LaunchEarly(DecodeKernel<Key, Value, D, kColumns>, dim3(static_cast<unsigned>(blocks)),
-                     kDecodeThreads, Arena<Key, Value, D>::Bytes(job.stages, kRings), stream, job,
+                     kDecodeThreads, Arena<Key, Value, D, kColumns>::Bytes(job.stages), stream, job,
                      gpu);
 }
 

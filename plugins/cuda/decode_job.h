@@ -51,7 +51,6 @@ struct DecodeJob {
   int32_t row_blocks;  // of 8 rows
   int32_t splits;
   int32_t page_shift;  // a page has 2^page_shift tiles
-  int32_t rings;       // warps that take coded tiles
   int32_t stages;      // of tiles that each of them keeps in shared memory, at least 2
   int32_t items;       // problems * splits
   // The first `longer_blocks` blocks take one more than `block_items` of them.

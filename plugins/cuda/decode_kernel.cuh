@@ -47,21 +47,23 @@ struct DecodeBlock {
 
   // Every row of the operand is the mean, so that each lane gets the scores of its columns.
   __device__ __forceinline__ void ScoreMean(uint32_t mean, int lane) {
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float sum[4][4] = {};  // four chains, as each waits for its own sums
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const uint4 x = ptx::LoadShared128(mean + (lane & 3) * (D / 2) + 16 * i);
       const uint4 q = query.Two(i);
-      ptx::Mma(sum, x.x, x.x, x.y, x.y, q.x, q.y);
-      ptx::Mma(sum, x.z, x.z, x.w, x.w, q.z, q.w);
+      ptx::Mma(sum[2 * i % 4], x.x, x.x, x.y, x.y, q.x, q.y);
+      ptx::Mma(sum[(2 * i + 1) % 4], x.z, x.z, x.w, x.w, q.z, q.w);
     }
-    mean_score[0] = sum[0] * factor[0];
-    mean_score[1] = sum[1] * factor[1];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      mean_score[i] = ((sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i])) * factor[i];
   }
 
   // One tile: token0 its first token, `part` of the stage at `at`.
-  __device__ __forceinline__ void AddTile(const AttentionJob& a, const Problem& p, int token0,
+  __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int token0,
                                           uint32_t at, int part, int lane, Rows* rows) {
+    const AttentionJob& a = job.attention;
     const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
     const uint32_t key_at = at + part * S::kKeyTile;
     const uint32_t value_at = at + S::kValue + part * S::kValueTile;
@@ -107,7 +109,7 @@ struct DecodeBlock {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
-        const int time = RowTime(a, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
+        const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
         const int t = token0 + first_token + 8 * (c / 2);
         if (t < OldestKey(time, a.window) || t >= page) score[c] = MinusInfinity();
       }
@@ -135,49 +137,47 @@ struct DecodeBlock {
   }
 };
 
-// Counts a finished part; true in all threads of the block that finished last.
-template <int D>
-__device__ __forceinline__ bool IsLastPart(const DecodeJob& job, const Problem& p, int problem,
-                                           DecodeShared<D>* shared) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    ptx::GridWait();  // the counters are set to 0 by the kernel before
-    __threadfence();
-    shared->flag = p.splits == 1 ||
-                   atomicAdd(job.counters + problem, 1u) + 1 == static_cast<uint32_t>(p.splits);
-    __threadfence();
-  }
-  __syncthreads();
-  return shared->flag != 0;
-}
-
 // All of a block's items.
 template <class Key, class Value, int D, int kColumns>
-__device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* shared) {
-  const uint32_t start = ptx::SharedAddress(shared);
-  using Memory = Arena<Key, Value, D>;
-  const Memory arena(start, job.stages, Memory::kRings);
-  char* const base = reinterpret_cast<char*>(shared) - start;
-  auto* const block = reinterpret_cast<DecodeShared<D>*>(base + arena.shared);
+__device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory) {
+  const uint32_t start = ptx::SharedAddress(memory);
+  using Memory = Arena<Key, Value, D, kColumns>;
+  constexpr int kRings = Memory::kRings;
+  const Memory arena(start, job.stages, kRings, Memory::kSharedStates);
+  char* const base = reinterpret_cast<char*>(memory) - start;
+  auto* const shared = reinterpret_cast<DecodeShared<D>*>(base + arena.shared);
+  float4* const states = Memory::kSharedStates ? reinterpret_cast<float4*>(base + arena.states)
+                                               : reinterpret_cast<float4*>(job.states) +
+                                                     blockIdx.x * (StateFloats(kColumns, D) / 4);
   const AttentionJob& a = job.attention;
   const int lane = threadIdx.x % kWarp;
   // The shuffle tells the compiler that it is one number for the warp.
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
-  const int first_item = static_cast<int>(static_cast<int64_t>(blockIdx.x) * job.items / gridDim.x);
-  const int end_item =
-      static_cast<int>((static_cast<int64_t>(blockIdx.x) + 1) * job.items / gridDim.x);
+  const Items items = ItemsOf(job, static_cast<int>(blockIdx.x));
   // Pages that fill in this call are seen by later tokens of the call only.
   if (a.call.tokens > 1) ptx::GridWait();
 
-  Feed<Key, Value, D> feed;
   const uint32_t ring = arena.Ring(warp);
   uint32_t stage = ring, parity = 0;
-  feed.Start(job, first_item, end_item, ring, warp, lane);
+  Feed<Key, Value, D, kRings> feed;
+  NewRows<D> fresh;
+  {
+    const int index = job.by_splits(items.begin);
+    const Problem first = ProblemOf(job, index);
+    fresh.Load(job, first, warp, lane);
+    if (threadIdx.x == 0) {
+      ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeWarps);
+      ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeWarps);
+      shared->problem = first;
+      shared->bad_values = 0;
+    }
+    feed.Start(job, first, index, items, ring, warp, lane);
+  }
 
   DecodeBlock<Key, Value, D, kColumns> self;
   const uint32_t tables[2] = {arena.table, arena.table + Tables<Key, Value>::kValue};
-  const uint32_t levels[2] = {ptx::SharedAddress(block->levels[0]),
-                              ptx::SharedAddress(block->levels[1])};
+  const uint32_t levels[2] = {ptx::SharedAddress(shared->levels[0]),
+                              ptx::SharedAddress(shared->levels[1])};
   self.key = Key::LaneOf(a.key, tables[0], levels[0], lane);
   self.value = Value::LaneOf(a.value, tables[1], levels[1], lane);
   self.key_codes =
@@ -187,56 +187,70 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* shared
                                                      (lane >> 2) * (D / 32));
   }
 
-  int head = -1, held = -1;
-  for (int item = first_item; item < end_item; ++item) {
-    const int index = item / job.splits, split = item - index * job.splits;
-    if (held != index) {
+  int head = -1;
+  Pending pending;
+  for (int item = items.begin; item < items.end;) {  // problems
+    const int index = job.by_splits(item), first_split = item - index * job.splits;
+    if (item != items.begin) {
       __syncthreads();
+      const Problem next = ProblemOf(job, index);
+      fresh.Load(job, next, warp, lane);
       if (threadIdx.x == 0) {
-        block->problem = ProblemOf(job, index);
-        block->bad_values = 0;
-      }
-      __syncthreads();
-    }
-    const Problem& p = block->problem;
-    if (held != index && p.rows > 0) {
-      if (head != p.h) {
-        FillTables<Key, Value>(a, p.h, tables, levels, block, lane, &self.key, &self.value);
-        head = p.h;
-      }
-      LoadQueries<D>(job, p, block, warp, lane);
-      __syncthreads();
-      self.LoadProblem(job, p, block, warp, lane);
-    }
-    held = index;
-    if (p.rows == 0 && split == 0) StoreEmptyRows<D, kColumns>(job, p, 0, warp, lane);
-    if (split >= p.splits) continue;
-    LaneRows<D, kColumns> rows;
-    rows.Clear();
-    const Tiles tiles = TilesOf(job, p, split, warp);
-    using S = Stage<Key, Value, D>;
-    for (int tile = tiles.begin; tile < tiles.end;) {
-      feed.Wait(job, stage, parity);
-      feed.Fill(job, ring, warp, lane);
-      if (S::HasMean(job, tile, tiles.begin)) self.ScoreMean(stage + S::kMean, lane);
-      const int count = S::Count(job, tile, tiles.end);
-#pragma unroll 1
-      for (int part = 0; part < count; ++part)
-        self.AddTile(a, p, (tile + part) * kDecodeTile, stage, part, lane, &rows);
-      tile += count;
-      stage += S::kBytes;
-      if (stage == ring + job.stages * S::kBytes) {
-        stage = ring;
-        parity ^= 1;
+        shared->problem = next;
+        shared->bad_values = 0;
       }
     }
-    const int own_warp = warp - (kDecodeWarps - kOwnWarps);
-    if (split == p.splits - 1 && own_warp >= 0)
-      AttendOwn<D, kColumns>(job, p, block, own_warp, lane, &rows);
-    WritePart<D, kColumns>(job, p, index, split, &rows, block, warp, lane);
-    if (IsLastPart<D>(job, p, index, block))
-      JoinParts<D, kColumns>(job, p, index, block, warp, lane);
     __syncthreads();
+    const Problem& p = shared->problem;
+    const int end_split = min(job.splits, first_split + items.end - item);
+    item += end_split - first_split;
+    if (p.rows == 0) {
+      if (first_split == 0) StoreEmptyRows<D, kColumns>(job, p, 0, warp, lane);
+      continue;
+    }
+    if (head != p.h) {
+      FillTables<Key, Value>(a, p.h, tables, levels, shared, lane, &self.key, &self.value);
+      head = p.h;
+    }
+    fresh.Store(job, p, shared, warp, lane);
+    __syncthreads();
+    self.LoadProblem(job, p, shared, warp, lane);
+    const int splits = min(end_split, p.splits) - first_split;
+    if (splits <= 0) continue;
+    for (int i = 0;; ++i) {  // once more than there are splits, to join the last one
+      const int split = first_split + i;
+      LaneRows<D, kColumns> rows;
+      rows.Clear();
+      const Tiles tiles = i < splits ? TilesOf<kRings>(p, split, warp) : Tiles{0, 0};
+      using S = Stage<Key, Value, D>;
+      for (int tile = tiles.begin;;) {
+        if (pending.split >= 0 && 2 * tile >= tiles.begin + tiles.end)
+          JoinStates<D, kColumns>(job, p, index, &pending, states, shared, warp, lane);
+        if (tile == tiles.end) break;
+        feed.Wait(job, stage, parity);
+        feed.Fill(job, p, index, ring, warp, lane);
+        if (S::HasMean(job, tile, tiles.begin)) self.ScoreMean(stage + S::kMean, lane);
+        const int count = S::Count(job, tile, tiles.end);
+#pragma unroll 1
+        for (int part = 0; part < count; ++part)
+          self.AddTile(job, p, (tile + part) * kDecodeTile, stage, part, lane, &rows);
+        tile += count;
+        stage += S::kBytes;
+        if (stage == ring + job.stages * S::kBytes) {
+          stage = ring;
+          parity ^= 1;
+        }
+      }
+      const int own_warp = warp - (kDecodeWarps - kOwnWarps);
+      if (i < splits && split == p.splits - 1 && own_warp >= 0)
+        AttendOwn<D, kColumns>(job, p, shared, own_warp, lane, &rows);
+      if (i > 0) WaitJoined<D>(&pending, shared);
+      if (i == splits) break;
+      StoreState<D, kColumns>(&rows, states, shared, warp, lane);
+      pending.split = split;
+    }
+    if (AreLastParts<D>(job, p, index, splits, shared))
+      JoinParts<D, kColumns>(job, p, index, shared, warp, lane);
   }
   // Whoever waits for this kernel must find the one before it complete, too.
   if (threadIdx.x == 0) ptx::GridWait();
@@ -247,15 +261,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeJob job) {
   extern __shared__ float4 shared[];
   // Where it could never be launched, it need not be compiled.
-  using Memory = Arena<Key, Value, D>;
-  if constexpr (Memory::Bytes(2, Memory::kRings) <= ptx::kMostShared)
+  using Memory = Arena<Key, Value, D, kColumns>;
+  if constexpr (Memory::Bytes(2) <= ptx::kMostShared)
     DecodeItems<Key, Value, D, kColumns>(job, shared);
 }
 
 // One instance of the kernel. Defined in decode_*.cu, one file an instance.
 template <class Key, class Value, int D, int kColumns>
 struct DecodeInstance {
-  static constexpr int kRings = Arena<Key, Value, D>::kRings;
+  static constexpr bool kSharedStates = Arena<Key, Value, D, kColumns>::kSharedStates;
   // The most stages that fit into `shared_limit` bytes of shared memory, less than 2: none.
   static int Stages(int shared_limit);
   static Status Run(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);

@@ -102,8 +102,8 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
 // What AttendOwn left out of one output: the sum of the values that are not finite, over the tokens
 // that row `row` of the problem sees.
 template <int D>
-__device__ __forceinline__ float BadValues(const DecodeJob& job, const Problem& p,
-                                           const DecodeShared<D>& shared, int row, int element) {
+__device__ __noinline__ float BadValues(const DecodeJob& job, const Problem& p,
+                                        const DecodeShared<D>& shared, int row, int element) {
   const AttentionJob& a = job.attention;
   const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
   const int oldest = OldestKey(time, a.window);

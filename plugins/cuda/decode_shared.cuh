@@ -13,29 +13,61 @@ constexpr uint32_t kLevelBytes = 256;
 
 template <int D>
 struct DecodeShared {
-  uint4 levels[2][kLevelBytes / 16];              // of K, V, as their codecs want them
-  uint16_t query[2][kDecodeRows][D];              // as they are; rotated
-  uint4 lanes[D > 128 ? D / 32 : 1][kWarp];       // of SharedQuery
-  uint16_t fresh[2][kMostDecodeTokens][D];        // new tokens of K, V
-  float factor[2][kDecodeRows];                   // what query was divided by, powers of two
+  uint4 levels[2][kLevelBytes / 16];         // of K, V, as their codecs want them
+  uint16_t query[2][kDecodeRows][D];         // as they are; rotated
+  uint4 lanes[D > 128 ? D / 32 : 1][kWarp];  // of SharedQuery
+  uint16_t fresh[2][kMostDecodeTokens][D];   // new tokens of K, V
+  float factor[2][kDecodeRows];              // what query was divided by, powers of two
   float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];  // of StoreState
   float unit[kDecodeWarps];
   float weight[kDecodeRows][kMostSplits + 1];
   Problem problem;
   uint64_t stored, joined;  // barriers of StoreState and JoinStates
-  int32_t flag, bad_values;
+  float4 turn;              // of V's words from K's, if `turned`
+  int32_t flag, bad_values, turned;
 };
 
 // The codecs' tables: V's may be K's.
 template <class Key, class Value>
 struct Tables {
-  static constexpr bool kOne = std::is_same<Key, Value>::value && Key::kRolesShareTable;
+  static constexpr bool kOne = std::is_same<Key, Value>::value && Key::kShared;
   static constexpr uint32_t kValue = kOne ? 0 : Key::kTableBytes;
   static constexpr uint32_t kBytes = kValue + Value::kTableBytes;
   static constexpr uint32_t kAlignment =
       Key::kTableAlignment > Value::kTableAlignment ? Key::kTableAlignment : Value::kTableAlignment;
   static_assert(kValue % Value::kTableAlignment == 0, "the table of V is aligned");
 };
+
+// Fills the tables of both roles with the words and levels of head h and sets lanes up for them.
+// All threads; synchronise before and after.
+template <class Key, class Value, int D>
+__device__ __forceinline__ void FillTables(const AttentionJob& a, int h,
+                                           const uint32_t (&tables)[2], const uint32_t (&levels)[2],
+                                           DecodeShared<D>* shared, int lane,
+                                           typename Key::Lane* key, typename Value::Lane* value) {
+  Key::FillLevels(a.key, levels[0]);
+  Value::FillLevels(a.value, levels[1]);
+  float4 turn = make_float4(1.0f, 0.0f, 0.0f, 0.0f);
+  bool turned = false;
+  if constexpr (Tables<Key, Value>::kOne && Key::kTurned) {
+    turned = FillBoth<Key>(a.key, a.value, h, tables[0], &turn);
+    Key::UseCopies(0, turned, lane, key);
+    Value::UseCopies(1, turned, lane, value);
+  } else {
+    FillRole<Key>(a.key, h, tables[0]);
+    FillRole<Value>(a.value, h, tables[1] + Value::kRoleBytes);
+  }
+  if (threadIdx.x == 0) {
+    shared->turn = turn;
+    shared->turned = turned;
+  }
+}
+
+// A chunk of sums of V's outputs, which may have been made with K's words, in V's.
+template <int D>
+__device__ __forceinline__ float4 TurnedOutput(const DecodeShared<D>& shared, const float4& chunk) {
+  return shared.turned ? Product(chunk, shared.turn) : chunk;
+}
 
 // Dynamic shared memory: [rings of the first warps] [tables, aligned] [rings of the others]
 // [states, if they fit] [DecodeShared]. `start`: address of its beginning, at most kMostStart.
@@ -148,8 +180,7 @@ struct NewRows {
     return LoadHalf(x, RowStart(x, p.b, p.h, t) + i % D);
   }
 
-  __device__ __forceinline__ void Load(const DecodeJob& job, const Problem& p, int warp,
-                                       int lane) {
+  __device__ __forceinline__ void Load(const DecodeJob& job, const Problem& p, int warp, int lane) {
     const AttentionJob& a = job.attention;
     const int tokens = p.span.end - p.span.past, row = p.row + warp;
     const int first = static_cast<int>(threadIdx.x) - kDecodeRows * kWarp;

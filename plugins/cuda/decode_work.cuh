@@ -68,7 +68,8 @@ template <int kRings>
 __device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) {
   const int offset = split * p.per_split, rest = p.tiles - offset;
   const int count = rest < 0 ? 0 : rest < p.per_split ? rest : p.per_split;
-  constexpr int kOthers = kDecodeWarps - kOwnWarps, kLastRings = kRings < kOthers ? kRings : kOthers;
+  constexpr int kOthers = kDecodeWarps - kOwnWarps,
+                kLastRings = kRings < kOthers ? kRings : kOthers;
   const bool last = split == p.splits - 1;
   const int begin = p.tile + offset;
   if (split >= p.splits || warp >= (last ? kLastRings : kRings)) return {begin, begin};

@@ -163,9 +163,13 @@ constexpr bool kBulkCopies = true;
 constexpr bool kBulkCopies = false;
 #endif
 
-// A barrier (8 bytes) that one thread arrives at.
-__device__ __forceinline__ void BarrierInit(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(barrier) : "memory");
+// A barrier (8 bytes) that `count` threads arrive at.
+__device__ __forceinline__ void BarrierInit(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Arrives; what the thread wrote before is seen by those who wait.
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
+  asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(barrier) : "memory");
 }
 // Makes BarrierInit known to copies; by the thread that called it.
 __device__ __forceinline__ void BarrierFence() {
@@ -183,14 +187,31 @@ __device__ __forceinline__ void BarrierExpect(uint32_t barrier, uint32_t bytes) 
 }
 // Waits for the end of the phase with this parity: 0, 1, 0, …
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    asm volatile(
+        "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+#else
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p,[%1],%2; selp.u32 %0,1,0,p;}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
+#endif
   } while (!done);
+}
+// True in one lane of a whole warp. (Of a branch by it the compiler knows that one lane takes it,
+// which saves loops around instructions that want uniform registers.)
+__device__ __forceinline__ bool Elect() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t elected;
+  asm volatile("{.reg .pred p; elect.sync _|p,0xFFFFFFFF; selp.u32 %0,1,0,p;}" : "=r"(elected));
+  return elected != 0;
+#else
+  return (threadIdx.x & 31) == 0;
 #endif
 }
 // `bytes` and both addresses are multiples of 16.
