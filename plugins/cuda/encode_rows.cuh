@@ -17,7 +17,8 @@ struct RowShape {
   static constexpr int kBatch = 8 / kPer;                  // rows of a group loaded at once
 };
 
-// Where the rows of a page come from. Aligned as HasVectors asks.
+// Where the rows of a page come from: fp16, or bf16 bits that Converted turns to fp16. Aligned as
+// HasVectors asks.
 struct PageRows {
   const RoleView& view;
   const uint16_t* tail;  // of the lane, [P, D]
@@ -26,10 +27,18 @@ struct PageRows {
 
   __device__ uint2 Load(int row, int element) const {
     const int t = first + row;
-    if (t < past)
-      return *reinterpret_cast<const uint2*>(tail + t % view.role.page_size * view.role.head_dim +
-                                             element);
-    return LoadHalves(view.x, start + (t - past) * view.x.token + element, true);
+    const uint16_t* from = tail + (t & (view.role.page_size - 1)) * view.role.head_dim + element;
+    if (t >= past) {
+      const int64_t at = start + (t - past) * view.x.token + element;
+      if (view.x.dtype == HQMQ_FLOAT32) return LoadHalves(view.x, at, true);
+      from = static_cast<const uint16_t*>(view.x.data) + at;
+    }
+    return *reinterpret_cast<const uint2*>(from);
+  }
+
+  __device__ uint2 Converted(int row, uint2 loaded) const {
+    const bool bf16 = view.x.dtype == HQMQ_BFLOAT16 && first + row >= past;
+    return bf16 ? HalvesFromBf16(loaded) : loaded;
   }
 };
 
@@ -103,14 +112,13 @@ __device__ __forceinline__ void StoreCode(const Layout& layout, int chunk, uint3
 #pragma unroll 1
   for (int i = 0; i < layout.num_planes; ++i) {
     const Plane& plane = layout.planes[i];
-    const int bit = chunk * plane.width;
-    uint32_t word = (code >> plane.shift & ((1u << plane.width) - 1)) << (bit & 31);
-    const int lanes = 32 / plane.width;
+    const int width = plane.width, bit = chunk * width;
+    uint32_t word = (code >> plane.shift & ((1u << width) - 1)) << (bit & 31);
 #pragma unroll
     for (int offset = 1; offset < RowShape<D>::kLanes; offset *= 2) {
-      if (offset < lanes) word |= __shfl_xor_sync(kAllLanes, word, offset);
+      if (offset * width < 32) word |= __shfl_xor_sync(kAllLanes, word, offset);
     }
-    if (bit % 32 == 0) words[(plane.offset + bit) / 32] = static_cast<int32_t>(word);
+    if (!(bit & 31)) words[(plane.offset + bit) >> 5] = static_cast<int32_t>(word);
   }
 }
 

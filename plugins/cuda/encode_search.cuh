@@ -52,17 +52,18 @@ __device__ __forceinline__ Best SearchByWarp(const float x[4], const float4* sec
   return {BitCast<float>(top), __reduce_min_sync(kAllLanes, which)};
 }
 
-// Tensor cores. Secondaries go by steps of 4 and groups of 4 steps; lane (r, j) of an MMA sees
-// secondary j of each step, all four components of v, for chunks r and r + 8 of 16. Chunks and
-// secondaries are sums of two fp16 numbers: the k of an MMA are (x high, x low, x high, x low) on
-// one side, (q high, q high, q low, q low) on the other, four components each.
+// Tensor cores. They find v (1 + i) = x conj((1 - i) q): the units turned by 1 + i are the sums of
+// two of ±1, ±i, ±j, ±k, so that twice the score is the sum of the two longest components.
 //
-// What comes out is the score, twice, of chunks scaled to a largest component in [1, 2): |x| < 4.
-// It differs from the codec's float32 score by less than kFilterError: 2^-19.4 of each component of
-// v by the parts below fp16's low halves, 2^-18.9 by sums cut off at 24 bits (17 terms below 2), so
-// that 2^-17 is safe; 4 times that in the sum of the four, and 2^-17.5 by the rounding of the codec
-// itself.
-constexpr float kFilterError = 3.7e-5f;  // 1.21 * 2^-15
+// Secondaries go by steps of 4 and groups of 4 steps; lane (r, j) of an MMA sees secondary j of
+// each step, all four components, for chunks r and r + 8 of 16. Numbers are sums of two fp16 ones:
+// the k of an MMA are (x high, x low, x low, x high) and (q high, q high, q low, q low), four each.
+//
+// Chunks are scaled to a largest component in [1, 2), so |x| < 4, and |(1 - i) q| < 1.43. Then a
+// component is off by less than 2^-18.8 for what the low halves leave out, and 2^-17.8 for sums of
+// 17 terms below 2.9 that are cut off at 24 bits: 2^-17.2, the score by less than 2^-16.2, of which
+// 2^-15 leaves more than twice as much; and the codec's own float32 score by less than 2^-17.5.
+constexpr float kFilterError = 3.6e-5f;  // 2^-15 + 2^-17.5
 constexpr int kFilterSteps = 4;
 constexpr int kGroupSecondaries = 4 * kFilterSteps;
 // |q|^2 that the bound holds for; beyond it nothing is filtered.
@@ -81,7 +82,9 @@ __device__ __forceinline__ uint2 HighAndLow(float a, float b) {
 
 // Secondary s of the filter's table: for each of two halves of k, b0 and b1 of columns 0, 1 and
 // then of columns 2, 3 of v; 64 bytes, in the order in which lanes load them.
-__device__ __forceinline__ void FillFilter(uint4* table, int s, const float4& q) {
+__device__ __forceinline__ void FillFilter(uint4* table, int s, const float4& secondary) {
+  const float4 q = make_float4(secondary.x + secondary.y, secondary.y - secondary.x,
+                               secondary.z + secondary.w, secondary.w - secondary.z);
   const float rows[4][4] = {
       {q.x, q.y, q.z, q.w}, {-q.y, q.x, -q.w, q.z}, {-q.z, q.w, q.x, -q.y}, {-q.w, -q.z, q.y, q.x}};
   uint4* step = table + s / 4 * 16;
@@ -110,11 +113,6 @@ __device__ __forceinline__ void Offer(TopTwo* top, uint32_t score) {
 
 __device__ __forceinline__ int Max3(int a, int b, int c) { return __vimax3_s32(a, b, c); }
 
-// Largest axis score and largest doubled half score of a group, as bits of floats.
-struct GroupScores {
-  int axis, half;
-};
-
 struct FilterTables {
   const float4* secondaries;
   uint32_t filter;  // shared address
@@ -134,10 +132,12 @@ __device__ __forceinline__ Best SearchFiltered(const float (&x)[4], bool wanted,
   const uint2 last = HighAndLow(Mul(x[2], factor), Mul(x[3], factor));
   ptx::StoreShared128(tables.stage + 16 * lane, make_uint4(first.x, last.x, first.y, last.y));
   __syncwarp();
-  uint32_t a[2][2];
+  uint32_t a[2][4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 4; ++i) {
     a[i / 2][i % 2] = ptx::LoadShared32(tables.stage + 128 * i + 4 * lane);
+    a[i / 2][i % 2 + 2] = ptx::LoadShared32(tables.stage + 128 * i + 4 * (lane ^ 2));
+  }
   __syncwarp();
 
   const int groups = FilterGroups(tables.count), index_bits = 32 - __clz(groups - 1) + 2;
@@ -146,33 +146,39 @@ __device__ __forceinline__ Best SearchFiltered(const float (&x)[4], bool wanted,
   TopTwo top[4] = {};
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
-    GroupScores scores[4] = {};
+    int scores[4] = {};  // of chunk 8 * i + lane / 4, twice, as bits of floats
 #pragma unroll
-    for (int step = 0; step < kFilterSteps; ++step) {
-      const uint4 q = ptx::LoadShared128(from + 256 * step);
+    for (int step = 0; step < kFilterSteps; step += 2) {
+      int pairs[4][6];
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        float u[4] = {}, w[4] = {};
-        ptx::Mma(u, a[tile][0], a[tile][1], a[tile][0], a[tile][1], q.x, q.y);
-        ptx::Mma(w, a[tile][0], a[tile][1], a[tile][0], a[tile][1], q.z, q.w);
+      for (int i = 0; i < 2; ++i) {
+        const uint4 q = ptx::LoadShared128(from + 256 * (step + i));
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          GroupScores& own = scores[2 * tile + row];
-          const float v0 = fabsf(u[2 * row]), v1 = fabsf(u[2 * row + 1]);
-          const float v2 = fabsf(w[2 * row]), v3 = fabsf(w[2 * row + 1]);
-          own.axis = Max3(own.axis, BitCast<int>(fmaxf(v0, v1)), BitCast<int>(fmaxf(v2, v3)));
-          own.half = max(own.half, BitCast<int>((v0 + v1) + (v2 + v3)));
+        for (int tile = 0; tile < 2; ++tile) {
+          float u[4] = {}, w[4] = {};
+          ptx::Mma(u, a[tile][0], a[tile][1], a[tile][2], a[tile][3], q.x, q.y);
+          ptx::Mma(w, a[tile][0], a[tile][1], a[tile][2], a[tile][3], q.z, q.w);
+#pragma unroll
+          for (int row = 0; row < 2; ++row) {
+            const float v0 = fabsf(u[2 * row]), v1 = fabsf(u[2 * row + 1]);
+            const float v2 = fabsf(w[2 * row]), v3 = fabsf(w[2 * row + 1]);
+            int* own = pairs[2 * tile + row] + 3 * i;
+            own[0] = BitCast<int>(v0 + v1);
+            own[1] = BitCast<int>(v2 + v3);
+            own[2] = BitCast<int>(fmaxf(v0, v1) + fmaxf(v2, v3));
+          }
         }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int k = 0; k < 6; k += 2) scores[i] = Max3(scores[i], pairs[i][k], pairs[i][k + 1]);
       }
     }
     from += 256 * kFilterSteps;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float axis = BitCast<float>(scores[i].axis);
-      const uint32_t score =
-          max(BitCast<uint32_t>(axis + axis), static_cast<uint32_t>(scores[i].half));
-      Offer(&top[i], (score & kept) | static_cast<uint32_t>(group << 2));
-    }
+    for (int i = 0; i < 4; ++i)
+      Offer(&top[i], (static_cast<uint32_t>(scores[i]) & kept) | static_cast<uint32_t>(group << 2));
   }
   // Chunk 8 * i + lane / 4 in top[i], among secondaries lane % 4 of each step: join the four.
 #pragma unroll

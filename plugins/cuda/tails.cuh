@@ -6,25 +6,29 @@
 namespace hqmq {
 namespace cuda {
 
+__device__ __forceinline__ uint2 HalvesFromBf16(uint2 from) {
+  const auto half = [](uint32_t bits) {
+    return static_cast<uint32_t>(HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(bits))));
+  };
+  return make_uint2(half(from.x) | half(from.x >> 16) << 16, half(from.y) | half(from.y >> 16)
+                                                                                << 16);
+}
+
 // Elements at … at + 3 of x as fp16. `vector`: HasVectors.
 __device__ __forceinline__ uint2 LoadHalves(const Rows& x, int64_t at, bool vector) {
+  if (vector && x.dtype != HQMQ_FLOAT32) {
+    const uint2 from = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(x.data) + at);
+    return x.dtype == HQMQ_FLOAT16 ? from : HalvesFromBf16(from);
+  }
   uint32_t half[4];
-  if (!vector) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) half[k] = LoadHalf(x, at + k);
-  } else if (x.dtype == HQMQ_FLOAT32) {
+  if (vector) {
     const float4 from = *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + at);
     half[0] = HalfFromFloat(from.x);
     half[1] = HalfFromFloat(from.y);
     half[2] = HalfFromFloat(from.z);
     half[3] = HalfFromFloat(from.w);
   } else {
-    const uint2 from = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(x.data) + at);
-    if (x.dtype == HQMQ_FLOAT16) return from;
-    half[0] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.x)));
-    half[1] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.x >> 16)));
-    half[2] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.y)));
-    half[3] = HalfFromFloat(FloatFromBf16(static_cast<uint16_t>(from.y >> 16)));
+    for (int k = 0; k < 4; ++k) half[k] = LoadHalf(x, at + k);
   }
   return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
 }
@@ -58,7 +62,8 @@ __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int 
   const int t = span.past + i;
   const bool kept = t < span.end && t >= span.end - p;
   if (t >= span.end + span.lost || (!kept && !job.status)) return;
-  uint16_t* to = view.cache.tail + ((static_cast<int64_t>(b) * job.call.heads + h) * p + t % p) * d;
+  uint16_t* to =
+      view.cache.tail + ((static_cast<int64_t>(b) * job.call.heads + h) * p + (t & (p - 1))) * d;
   bool bad = false;
   for (int k = 4 * warp_lane; k < d; k += 4 * kWarp) {
     if (k >= 4 * kWarp) halves = LoadHalves(view.x, from + k, vector);
