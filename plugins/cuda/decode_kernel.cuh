@@ -71,9 +71,25 @@ struct DecodeBlock {
     float sum[2][4] = {};
     const typename Key::Levels key_levels = Key::LoadLevels(key);
     typename Key::template Slice<kKeyChunks> k[2];
+    typename Value::template Slice<kValueChunks> v[2][2];
+    uint32_t scales[2][2];  // of K, V
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       k[i] = Key::template Load<kKeyChunks>(key_at + i * 8 * S::kKeyToken, key_codes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t at = scales_at + 2 * (first_token + 8 * i);
+      scales[0][i] = ptx::LoadShared16(at);
+      scales[1][i] = ptx::LoadShared16(at + S::kValueScales - S::kKeyScales);
+    }
+    // V's codes arrive while K's products are made, where registers allow.
+    const auto load_values = [&](int half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        v[half][i] = Value::template Load<kValueChunks>(value_at + half * 8 * S::kValueToken,
+                                                        value_codes[i]);
+    };
+    if constexpr (D <= 128) load_values(0), load_values(1);
 #pragma unroll
     for (int group = 0; group < kKeyChunks / 4; ++group) {
       uint2 x[4], y[4];
@@ -86,13 +102,11 @@ struct DecodeBlock {
         ptx::Mma(sum[1], x[2 * i + 1].x, y[2 * i + 1].x, x[2 * i + 1].y, y[2 * i + 1].y, q.z, q.w);
       }
     }
-    float score[4], scale[2];
+    float score[4], scale[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t token = 2 * (first_token + 8 * i);
-      const float of_key = FloatFromHalf(ptx::LoadShared16(scales_at + token));
-      scale[i] =
-          FloatFromHalf(ptx::LoadShared16(scales_at + S::kValueScales - S::kKeyScales + token));
+      const float of_key = FloatFromHalf(scales[0][i]);
+      scale[2 * i] = scale[2 * i + 1] = FloatFromHalf(scales[1][i]);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         score[2 * i + c] =
@@ -104,31 +118,29 @@ struct DecodeBlock {
       for (int c = 0; c < 4; ++c)
         score[c] = Capped(score[c], a.softcap * 1.44269504f, 2.0f / a.softcap);
     }
-    const bool any_hidden = token0 < first_seen || token0 + kDecodeTile > last_seen;
-    if (any_hidden) {
+    if (token0 < first_seen || token0 + kDecodeTile > last_seen) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
         const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
         const int t = token0 + first_token + 8 * (c / 2);
-        if (t < OldestKey(time, a.window) || t >= page) score[c] = MinusInfinity();
+        if (t < OldestKey(time, a.window) || t >= page) {
+          score[c] = MinusInfinity();
+          scale[c] = 0.0f;
+        }
       }
     }
     uint32_t weight[kColumns / 2][2];
-    rows->Weigh(score, scale, any_hidden, weight);
+    rows->Weigh(score, scale, weight);
     const typename Value::Levels value_levels = Value::LoadLevels(value);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      typename Value::template Slice<kValueChunks> v[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        v[i] = Value::template Load<kValueChunks>(value_at + half * 8 * S::kValueToken,
-                                                  value_codes[i]);
+      if (D > 128) load_values(half);
 #pragma unroll
       for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
         uint2 x[kValueGroup], y[kValueGroup];
-        Value::template Decode<1>(value, value_levels, v[0], group, x);
-        Value::template Decode<1>(value, value_levels, v[1], group, y);
+        Value::template Decode<1>(value, value_levels, v[half][0], group, x);
+        Value::template Decode<1>(value, value_levels, v[half][1], group, y);
 #pragma unroll
         for (int i = 0; i < kValueGroup; ++i)
           rows->Add(kValueGroup * group + i, x[i], y[i], half, weight);

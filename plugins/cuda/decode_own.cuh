@@ -81,8 +81,8 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
         score[k] = MinusInfinity();
     }
     uint32_t weight[kColumns / 2][2];
-    const float one[2] = {1.0f, 1.0f};
-    rows->Weigh(score, one, false, weight);
+    const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    rows->Weigh(score, one, weight);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint16_t* v0 = OwnRow(job, p, 1, *shared, tile + 2 * j + 8 * half);

@@ -40,9 +40,9 @@ struct LaneRows {
   }
 
   // When a maximum or the unit grows. score: in base 2; scale: of V.
-  __device__ __forceinline__ void Rescale(const float (&score)[4], const float (&scale)[2]) {
+  __device__ __forceinline__ void Rescale(const float (&score)[4], const float (&scale)[4]) {
     float next[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
-    float largest = fmaxf(scale[0], scale[1]);
+    float largest = fmaxf(fmaxf(scale[0], scale[1]), fmaxf(scale[2], scale[3]));
 #pragma unroll
     for (int offset = 4; offset < kWarp; offset *= 2) {
       next[0] = fmaxf(next[0], __shfl_xor_sync(kAllLanes, next[0], offset));
@@ -72,11 +72,12 @@ struct LaneRows {
 
   // Weights of a tile from its scores, times the scales of V, as second operands: weight[i][h] of
   // token 2j + i of the upper (0) and lower (1) eight tokens; kColumns 8: [i + 2] for elements
-  // 1, 3. hidden: scores of -infinity whose V must not matter.
-  __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[2],
-                                        bool any_hidden, uint32_t (&weight)[kColumns / 2][2]) {
+  // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity.
+  __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[4],
+                                        uint32_t (&weight)[kColumns / 2][2]) {
     const bool grows = fmaxf(score[0], score[2]) > maximum[0] ||
-                       fmaxf(score[1], score[3]) > maximum[1] || scale[0] > unit || scale[1] > unit;
+                       fmaxf(score[1], score[3]) > maximum[1] || fmaxf(scale[0], scale[1]) > unit ||
+                       fmaxf(scale[2], scale[3]) > unit;
     if (__any_sync(kAllLanes, grows)) Rescale(score, scale);
     const float base[2] = {maximum[0] - kWeightShift, maximum[1] - kWeightShift};
     const float per_unit = __uint_as_float(0x7F000000u - __float_as_uint(unit));  // 1 / unit
@@ -85,14 +86,9 @@ struct LaneRows {
     for (int k = 0; k < 4; ++k) p[k] = ptx::Exp2(score[k] - base[k & 1]);
     sum[0] += p[0] + p[2];
     sum[1] += p[1] + p[3];
-    const float scaled[2] = {scale[0] * per_unit, scale[1] * per_unit};
     float product[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) product[k] = p[k] * scaled[k / 2];
-    if (any_hidden) {  // 0 times a scale of NaN
-#pragma unroll
-      for (int k = 0; k < 4; ++k) product[k] = p[k] == 0.0f ? 0.0f : product[k];
-    }
+    for (int k = 0; k < 4; ++k) product[k] = p[k] * (scale[k] * per_unit);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Lane (r, j) gets row r of tokens 2j (lower 16 bits) and 2j+1.
