@@ -1,8 +1,9 @@
-"""Coding a prefill on a GPU, against the attention of that prefill.
+"""Coding pages on a GPU: of a prefill, against its attention, and of decode steps that fill a page.
 
 ``python -m benchmarks.gpu_encode --output FOLDER``: microseconds of HqmqQuantize for K and V of one layer's prefill,
-all pages full, and of cuDNN's and Flash's causal float16 attention over as many tokens, in one run. Writes
-gpu_encode.json and gpu_encode.md.
+all pages full, and of cuDNN's and Flash's causal float16 attention over as many tokens, in one run. Then, of one new
+token: HqmqAttention where no page fills and where all do, and HqmqQuantize of K alone (one launch) in both cases.
+Writes gpu_encode.json and gpu_encode.md.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.gpu_cases import Shape, append, codebook, int32, prefill_variants, tokens_like_a_model
+from benchmarks.gpu_cases import Ours, Shape, append, codebook, int32, prefill_variants, tokens_like_a_model
 from benchmarks.gpu_timing import Step, free, graph_time
 from benchmarks.machine import log, machine
 from benchmarks.report_tables import Sheet
@@ -78,8 +79,49 @@ def measure_encode(shape: Shape, names: list[str], device: torch.device, half: l
     return rows
 
 
+def append_step(shape: Shape, name: str, held: int, device: torch.device) -> Step:
+    """Appends one token of K to each of `batch` sequences that hold `held`: one kernel launch."""
+    scheme = Scheme.parse(name)
+    role = scheme.role("key")
+    x = tokens_like_a_model(role, shape.heads, 1, shape.head_dim, "key", device).expand(shape.batch, -1, -1, -1)
+    past, new = int32([held] * shape.batch, device), int32([1] * shape.batch, device)
+    specs = cache_tensors(role, scheme.page_size, shape.head_dim, shape.heads, shape.batch, 2)
+    cache = [torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device) for spec in specs]
+    cache[-1].normal_(generator=torch.Generator(device=device).manual_seed(5))  # the tail, which fills a page
+    book = codebook(role, shape.heads, "key", device)
+    return lambda: append(x, past, new, role, book, cache)
+
+
+def measure_steps(shape: Shape, names: list[str], device: torch.device) -> list[Row]:
+    """Rows of decode steps: `ordinary` and `fill` of HqmqAttention, `append` and `append_fill` of K alone, in us."""
+    rows: list[Row] = []
+    for name in names:
+        page = Scheme.parse(name).page_size
+        ours = Ours(shape, name, device)
+        row: Row = {"kind": "step", "case": name, **shape.values()}
+        row["ordinary"] = graph_time(ours.steps(), device).us
+        row["fill"] = graph_time(ours.steps(fill=True), device).us
+        row["append"] = graph_time([append_step(shape, name, page // 2, device)], device).us
+        row["append_fill"] = graph_time([append_step(shape, name, page - 1, device)], device).us
+        rows.append(row)
+        del ours
+        free(device)
+    return rows
+
+
+def step_sheet(rows: list[Row]) -> Sheet:
+    """The table of decode steps."""
+    cells = []
+    for row in rows:
+        if row["kind"] == "step":
+            times = (row["ordinary"], row["fill"], row["fill"] - row["ordinary"], row["append"], row["append_fill"])
+            cells.append((str(row["batch"]), row["case"], *(f"{us:.1f}" for us in times)))
+    columns = ("batch", "case", "step", "pages fill", "difference", "append of K", "pages fill")
+    return Sheet("A new token in each sequence, us", columns, cells)
+
+
 def sheet(rows: list[Row]) -> Sheet:
-    """The table."""
+    """The table of prefills."""
     cells = []
     for row in rows:
         if row["kind"] == "encode":
@@ -99,10 +141,12 @@ def main(
     schemes: Annotated[str, typer.Option("--scheme", help="Schemes, separated by spaces.")] = "hq3 hq3.5 hq4 hq5",
     contexts: Annotated[str, typer.Option(help="Tokens of the prefill, separated by commas.")] = "32768",
     head_dim: Annotated[int, typer.Option(help="Elements of a head.")] = 128,
+    batches: Annotated[str, typer.Option(help="Sequences of a decode step, separated by commas.")] = "1,4,16",
+    step_context: Annotated[int, typer.Option(help="Tokens that a decode step sees.")] = 4096,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the program out.")] = "cuda",
     commit: Annotated[str | None, typer.Option(help="Where git cannot tell.")] = None,
 ) -> None:
-    """Time the coding of a prefill."""
+    """Time the coding of pages."""
     if library:
         os.environ[LIBRARY_DIR_VARIABLE] = str(library)
     on, rows = torch.device(device), list[Row]()
@@ -112,13 +156,17 @@ def main(
         free(on)
         rows += half + measure_encode(shape, schemes.split(), on, half)
         log(f"{context:,} tokens: done")
+    for batch in map(int, batches.split(",")):
+        rows += measure_steps(Shape(batch, step_context, head_dim=head_dim), schemes.split(), on)
+        log(f"steps of {batch} sequences: done")
     output.mkdir(parents=True, exist_ok=True)
     where = machine(commit)
     (output / "gpu_encode.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
-    found = sheet(rows)
-    text = f"{where['card']}, {where['date']}, commit {where['commit']}, torch {where['torch']}\n\n{found.markdown()}"
-    (output / "gpu_encode.md").write_text(text)
-    Console().print(found.rich())
+    found = [sheet(rows), step_sheet(rows)]
+    text = f"{where['card']}, {where['date']}, commit {where['commit']}, torch {where['torch']}\n\n"
+    (output / "gpu_encode.md").write_text(text + "\n".join(table.markdown() for table in found))
+    for table in found:
+        Console().print(table.rich())
 
 
 if __name__ == "__main__":

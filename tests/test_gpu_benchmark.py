@@ -47,10 +47,17 @@ def test_a_run_writes_rows_tables_and_a_plot(tmp_path: Path) -> None:
     assert (tmp_path / "gpu_attention.png").stat().st_size > 1000
 
 
-def test_encoding_is_compared_with_attention(tmp_path: Path) -> None:
-    run(gpu_encode.main, f"--output {tmp_path} --device cpu --contexts 256 --head-dim 64 --scheme hq3")
-    (row,) = [r for r in json.loads((tmp_path / "gpu_encode.json").read_text())["rows"] if r["kind"] == "encode"]
+def test_encoding_is_compared_with_attention_and_steps_with_those_that_fill_pages(tmp_path: Path) -> None:
+    arguments = f"--output {tmp_path} --device cpu --contexts 256 --head-dim 64 --scheme hq3"
+    run(gpu_encode.main, f"{arguments} --batches 2 --step-context 128")
+    rows = json.loads((tmp_path / "gpu_encode.json").read_text())["rows"]
+    (row,) = [r for r in rows if r["kind"] == "encode"]
     assert row["share"] > 0
+    (step,) = [r for r in rows if r["kind"] == "step"]
+    assert (step["batch"], step["context"]) == (2, 128)
+    assert step["fill"] > step["ordinary"] > 0
+    assert step["append_fill"] > step["append"] > 0
+    assert "A new token in each sequence" in (tmp_path / "gpu_encode.md").read_text()
 
 
 def test_bytes_of_a_step_are_those_of_full_pages_and_the_tail() -> None:
