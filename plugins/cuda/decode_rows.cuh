@@ -49,6 +49,9 @@ struct LaneRows {
       next[1] = fmaxf(next[1], __shfl_xor_sync(kAllLanes, next[1], offset));
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
     }
+    // Rows that hide a token see 0 as its scale: lanes of other columns may know more.
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
     float units = 1.0f;
     if (largest > unit) {  // to the power of two above
       const float above = __uint_as_float((__float_as_uint(largest) & 0x7F800000u) + 0x800000u);
