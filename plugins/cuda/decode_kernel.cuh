@@ -19,6 +19,7 @@ struct DecodeBlock {
   typename Value::Lane value;
   typename Key::Where key_codes;
   typename Value::Where value_codes[2];  // of rows 2j, 2j+1
+  bool turned = false;                   // V's outputs are sums of K's words
   // Of the problem.
   static constexpr bool kSharedQuery = D * kColumns > 1024;
   std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
@@ -132,7 +133,9 @@ struct DecodeBlock {
     }
     uint32_t weight[kColumns / 2][2];
     rows->Weigh(score, scale, weight);
-    const typename Value::Levels value_levels = Value::LoadLevels(value);
+    typename Value::Levels value_levels;
+    if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
+    if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (D > 128) load_values(half);
@@ -221,7 +224,8 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       continue;
     }
     if (head != p.h) {
-      FillTables<Key, Value>(a, p.h, tables, levels, shared, lane, &self.key, &self.value);
+      self.turned =
+          FillTables<Key, Value>(a, p.h, tables, levels, shared, lane, &self.key, &self.value);
       head = p.h;
     }
     fresh.Store(job, p, shared, warp, lane);

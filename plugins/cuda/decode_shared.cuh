@@ -31,6 +31,7 @@ struct DecodeShared {
 template <class Key, class Value>
 struct Tables {
   static constexpr bool kOne = std::is_same<Key, Value>::value && Key::kShared;
+  static constexpr bool kTurned = kOne && Key::kTurned;  // K's words may be V's, too
   static constexpr uint32_t kValue = kOne ? 0 : Key::kTableBytes;
   static constexpr uint32_t kBytes = kValue + Value::kTableBytes;
   static constexpr uint32_t kAlignment =
@@ -39,9 +40,9 @@ struct Tables {
 };
 
 // Fills the tables of both roles with the words and levels of head h and sets lanes up for them.
-// All threads; synchronise before and after.
+// Returns whether V's outputs will be sums of K's words. All threads; synchronise before and after.
 template <class Key, class Value, int D>
-__device__ __forceinline__ void FillTables(const AttentionJob& a, int h,
+__device__ __forceinline__ bool FillTables(const AttentionJob& a, int h,
                                            const uint32_t (&tables)[2], const uint32_t (&levels)[2],
                                            DecodeShared<D>* shared, int lane,
                                            typename Key::Lane* key, typename Value::Lane* value) {
@@ -49,7 +50,7 @@ __device__ __forceinline__ void FillTables(const AttentionJob& a, int h,
   Value::FillLevels(a.value, levels[1]);
   float4 turn = make_float4(1.0f, 0.0f, 0.0f, 0.0f);
   bool turned = false;
-  if constexpr (Tables<Key, Value>::kOne && Key::kTurned) {
+  if constexpr (Tables<Key, Value>::kTurned) {
     turned = FillBoth<Key>(a.key, a.value, h, tables[0], &turn);
     Key::UseCopies(0, turned, lane, key);
     Value::UseCopies(1, turned, lane, value);
@@ -61,6 +62,7 @@ __device__ __forceinline__ void FillTables(const AttentionJob& a, int h,
     shared->turn = turn;
     shared->turned = turned;
   }
+  return turned;
 }
 
 // A chunk of sums of V's outputs, which may have been made with K's words, in V's.

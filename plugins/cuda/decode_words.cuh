@@ -162,8 +162,8 @@ __device__ __forceinline__ void FillRole(const RoleView& view, int h, uint32_t t
   }
 }
 
-// Fills the table of both roles; returns whether K's words are for V, too, and t. If not, the first
-// half of the copies is K's. All threads.
+// Fills the table of both roles; returns whether K's words and levels are for V, too, and t. If
+// not, the first half of the copies is K's. All threads.
 template <class Codec>
 __device__ __forceinline__ bool FillBoth(const RoleView& key, const RoleView& value, int h,
                                          uint32_t table, float4* turn) {
@@ -177,11 +177,14 @@ __device__ __forceinline__ bool FillBoth(const RoleView& key, const RoleView& va
   const float4 t = Product(make_float4(k0.x, -k0.y, -k0.z, -k0.w), Secondary(value, h, 0));
   const float4 x = Product(k, t);
   const float apart = fabsf(x.x - v.x) + fabsf(x.y - v.y) + fabsf(x.z - v.z) + fabsf(x.w - v.w);
+  bool same = key.role.secondaries == value.role.secondaries && apart < 4e-6f;
+  constexpr int kLevels = 1 << (Codec::kCodeBits - Codec::kIndexBits - 1);
+  if (threadIdx.x < kLevels) same = same && key.levels[threadIdx.x] == value.levels[threadIdx.x];
   uint2 words[4];
   RowWords(of_key, k, words);
   *turn = t;
   // Every secondary is some thread's: there are more rows than theirs.
-  if (__syncthreads_and(key.role.secondaries == value.role.secondaries && apart < 4e-6f)) {
+  if (__syncthreads_and(same)) {
     F::template Store<kBytes>(table, row, words);
     return true;
   }
