@@ -99,26 +99,25 @@ __device__ __forceinline__ uint16_t RowScale(const RoleParams& role,
 #pragma unroll
     for (int offset = Shape::kLanes / 2; offset > 0; offset /= 2)
       x = Add(x, __shfl_xor_sync(kAllLanes, x, offset));
-    x = Sqrt(Div(x, static_cast<float>(D)));
+    x = Sqrt(Mul(x, 1.0f / D));  // a power of two: exactly the quotient
   }
   return HalfFromFloat(Min(x, kHalfMax));
 }
 
-// Packs the codes of chunk `chunk` of each lane into the words of its row (codec/layout.h): planes
-// of rows of 16 chunks and more begin with a word.
+// Packs the codes of chunk `chunk` of each lane into the words of its row: the planes of
+// codec/layout.h, which begin with a word in rows of 16 chunks and more.
 template <int D>
 __device__ __forceinline__ void StoreCode(const Layout& layout, int chunk, uint32_t code,
                                           int32_t* words) {
-#pragma unroll 1
-  for (int i = 0; i < layout.num_planes; ++i) {
-    const Plane& plane = layout.planes[i];
-    const int width = plane.width, bit = chunk * width;
-    uint32_t word = (code >> plane.shift & ((1u << width) - 1)) << (bit & 31);
 #pragma unroll
-    for (int offset = 1; offset < RowShape<D>::kLanes; offset *= 2) {
-      if (offset * width < 32) word |= __shfl_xor_sync(kAllLanes, word, offset);
-    }
-    if (!(bit & 31)) words[(plane.offset + bit) >> 5] = static_cast<int32_t>(word);
+  for (int width = 16; width > 0; width /= 2) {
+    if (!(layout.code_bits & width)) continue;
+    const int shift = layout.code_bits & -2 * width, bit = chunk * width;
+    uint32_t word = (code >> shift & ((1u << width) - 1)) << (bit & 31);
+#pragma unroll
+    for (int offset = 1; offset < RowShape<D>::kLanes && offset * width < 32; offset *= 2)
+      word |= __shfl_xor_sync(kAllLanes, word, offset);
+    if (!(bit & 31)) words[(D / 4 * shift + bit) >> 5] = static_cast<int32_t>(word);
   }
 }
 

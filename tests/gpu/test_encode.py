@@ -25,7 +25,13 @@ FAST = [
     *[("paper:s24_r3", 64), ("paper:s1_r1", 128), ("paper:s47_r2@p32", 128), ("paper:s48_r2@p32", 128)],
     *[("paper:s1024_r8", 64), ("paper:s500_r1@p8", 256)],
 ]
-GENERAL = [("hq4", 80), ("hq3@p8", 64), ("hq3@p512", 128), ("paper:s96_r4+med3", 128), ("paper:s3_r8+med3@p16", 20)]
+GENERAL = [
+    ("paper:s96_r4", 80),
+    ("hq3@p8", 64),
+    ("hq3@p512", 128),
+    ("paper:s96_r4+med3", 128),
+    ("paper:s3_r8+med3@p16", 20),
+]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
@@ -94,7 +100,8 @@ def test_bytes_of_ragged_prefills(name: str, head_dim: int, role_name: str, valu
 @pytest.mark.parametrize("batch", [1, 3, 16, 40])
 @pytest.mark.parametrize("role_name", ROLES)
 @pytest.mark.parametrize(
-    ("name", "head_dim"), [("hq3", 128), ("hq4", 128), ("hq4", 64), ("hq3", 256), ("hq4@p256", 256), ("hq4", 80)]
+    ("name", "head_dim"),
+    [("hq3", 128), ("hq4", 128), ("hq4", 64), ("hq3", 256), ("hq4@p256", 256), ("paper:s96_r4", 80)],
 )
 def test_bytes_where_single_tokens_fill_pages(
     name: str, head_dim: int, role_name: str, batch: int, dtype: torch.dtype
