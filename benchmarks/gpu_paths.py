@@ -49,15 +49,19 @@ def attention_path(
     return path.value, (why.value or b"").decode()
 
 
+def use_kernels(which: int) -> None:
+    """From now on, calls of this process use 0 the fastest kernels, 1 the plain ones, 2 prefill without sm_90's."""
+    _function("hqmq_cuda_use_plain_attention")(which)
+
+
 @contextmanager
 def plain_attention(on: bool = True) -> Iterator[None]:
     """While inside, calls of this process use the plain kernels; nothing if not `on`."""
     if not on:
         yield
         return
-    switch = _function("hqmq_cuda_use_plain_attention")
-    switch(1)
+    use_kernels(1)
     try:
         yield
     finally:
-        switch(0)
+        use_kernels(0)

@@ -174,18 +174,17 @@ Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key
   return {};
 }
 
-// The kernels that a call takes; `why`: why not the fused decode kernel, and why not prefill.
+// `why`: why not the fused decode kernel, and why not prefill.
 hqmq_cuda_path PathOf(const AttentionJob& job, std::string* why) {
-  const auto plain = [&](const std::string& text) {
-    if (why) *why += text;
-    return HQMQ_CUDA_PLAIN;
-  };
+  *why = plain_only ? "hqmq_cuda_use_plain_attention is on" : "";
   if (job.call.batch == 0 || job.call.heads == 0 || job.call.tokens == 0)
-    return plain("nothing runs: there is no sequence, head or token");
-  if (plain_only) return plain("hqmq_cuda_use_plain_attention is on");
+    *why = "nothing runs: there is no sequence, head or token";
+  if (!why->empty()) return HQMQ_CUDA_PLAIN;
   if (FastDecodeSupports(job, why)) return HQMQ_CUDA_DECODE;
   std::string prefill;
-  return PrefillSupports(job, &prefill) ? HQMQ_CUDA_PREFILL : plain("; " + prefill);
+  if (PrefillSupports(job, &prefill)) return HQMQ_CUDA_PREFILL;
+  *why += "; " + prefill;
+  return HQMQ_CUDA_PLAIN;
 }
 
 Status RunAttention(AttentionPlan* plan, const hqmq_attention_role& key,
@@ -212,7 +211,8 @@ Status RunAttention(AttentionPlan* plan, const hqmq_attention_role& key,
   }
   job.key = append.view[0];
   job.value = append.view[1];
-  const hqmq_cuda_path path = PathOf(job, nullptr);
+  std::string why;
+  const hqmq_cuda_path path = PathOf(job, &why);
   if (path == HQMQ_CUDA_DECODE) {
     append.counters = reinterpret_cast<uint32_t*>(at);
     append.lane_counters = DecodeCounters(job);
@@ -355,19 +355,18 @@ int hqmq_cuda_attention_path(const hqmq_attention_params* params, const hqmq_rol
   return Guard([&]() -> Status {
     if (!params || !key || !value || !path || !why)
       return Invalid("params, key, value, path or why is missing");
-    thread_local std::string text;
     AttentionPlan plan;
     if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
     for (Rows* rows : {&plan.job.q, &plan.job.y, &plan.job.key.x, &plan.job.value.x})
       rows->dtype = dtype;
-    text.clear();
+    thread_local std::string text;
     *path = PathOf(plan.job, &text);
     *why = text.c_str();
     return {};
   });
 }
 
-void hqmq_cuda_use_plain_attention(int32_t on) { plain_only = on != 0; }
+void hqmq_cuda_use_plain_attention(int32_t on) { plain_only = on == 1, AllowSm90Prefill(on != 2); }
 
 int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                         const hqmq_attention_role* key, const hqmq_attention_role* value,

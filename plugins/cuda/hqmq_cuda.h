@@ -72,7 +72,8 @@ HQMQ_API int hqmq_cuda_attention_path(const hqmq_attention_params* params,
                                       const hqmq_role_params* key, const hqmq_role_params* value,
                                       int32_t dtype, int32_t* path, const char** why);
 
-/* For comparisons: while on, attention of this process takes the plain kernels only. */
+/* For comparisons: while 1, attention of this process takes the plain kernels only; while 2,
+ * prefill takes the kernel of sm_80 on sm_90 too. 0: as usual. */
 HQMQ_API void hqmq_cuda_use_plain_attention(int32_t on);
 
 /* HqmqAttention in place (hqmq_attention). sinks: float [H*group] or null; status may be null. */

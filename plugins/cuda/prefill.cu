@@ -1,5 +1,6 @@
 // Prefill attention on the host: what it takes, its workspace, waves; and the joining of splits.
 #include <algorithm>
+#include <atomic>
 
 #include "prefill.h"
 #include "prefill_kernel.cuh"
@@ -13,6 +14,10 @@ template <>
 Status LaunchPrefill<128>(const PrefillJob&, cudaStream_t);
 template <>
 Status LaunchPrefill<256>(const PrefillJob&, cudaStream_t);
+template <>
+Status LaunchSm90<64>(const PrefillJob&, cudaStream_t);
+template <>
+Status LaunchSm90<128>(const PrefillJob&, cudaStream_t);
 
 namespace {
 
@@ -62,10 +67,29 @@ __global__ void __launch_bounds__(kJoinWarps* kWarp)
   }
 }
 
+// Whether sm_90a is compiled for (CMakeLists.txt).
+#if defined(HQMQ_SM90A) || !defined(__CUDACC__)
+constexpr bool kHasSm90 = true;
+#else
+constexpr bool kHasSm90 = false;
+#endif
+
+std::atomic<bool> allow_sm90{true};
+
+template <int D>
+Status Multiply(const PrefillJob& job, cudaStream_t stream) {
+  if constexpr (kHasSm90 && D <= 128) {
+    Gpu gpu;
+    if (Status status = CurrentGpu(&gpu); !status.ok()) return status;
+    if (gpu.major == 9 && allow_sm90) return LaunchSm90<D>(job, stream);
+  }
+  return LaunchPrefill<D>(job, stream);
+}
+
 template <int D>
 Status Run(const PrefillJob& job, cudaStream_t stream) {
   Status status = DecodeTiles(job, stream);
-  if (status.ok()) status = LaunchPrefill<D>(job, stream);
+  if (status.ok()) status = Multiply<D>(job, stream);
   if (!status.ok() || job.splits == 1) return status;
   const AttentionJob& a = job.attention;
   const int64_t rows = static_cast<int64_t>(job.lanes) * a.group * a.call.tokens;
@@ -168,6 +192,8 @@ size_t MostPrefillBytes(const AttentionJob& job) {
   const double bytes = static_cast<double>(plan.lanes) * (plan.tile_bytes + parts);
   return bytes < kMostPrefillBytes ? static_cast<size_t>(bytes) : kMostPrefillBytes;
 }
+
+void AllowSm90Prefill(bool on) { allow_sm90 = on; }
 
 Status Prefill(const AttentionJob& attention, void* workspace, cudaStream_t stream) {
   const Plan plan = PlanOf(attention);

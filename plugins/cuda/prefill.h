@@ -53,10 +53,16 @@ size_t PrefillBytes(const AttentionJob& job);
 size_t MostPrefillBytes(const AttentionJob& job);
 Status Prefill(const AttentionJob& job, void* workspace, cudaStream_t stream);
 
-// Of one wave. Defined in prefill_decode.cu, prefill_d*.cu and prefill.cu.
+// For comparisons: whether the kernel for sm_90a runs where it can (as at first), or that for
+// sm_80.
+void AllowSm90Prefill(bool on);
+
+// Of one wave. Defined in prefill_decode.cu, prefill_d*.cu and prefill_sm90_d*.cu.
 Status DecodeTiles(const PrefillJob& job, cudaStream_t stream);
 template <int D>
 Status LaunchPrefill(const PrefillJob& job, cudaStream_t stream);
+template <int D>
+Status LaunchSm90(const PrefillJob& job, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace hqmq

@@ -15,14 +15,15 @@ constexpr float kPrefillShift = 15.0f;
 // A maximum of no scores.
 constexpr float kNoMaximum = -1e30f;
 
-template <int D>
+// Shape: PrefillShape, or that of another kernel.
+template <class Shape>
 struct PrefillRows {
-  using Shape = PrefillShape<D>;
+  static constexpr int D = Shape::kDim;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeys = Shape::kKeys;
   float out[kRowTiles][D / 8][4];
   float score[kRowTiles][kKeys / 8][4];
   float maximum[kRowTiles][2], sum[kRowTiles][2];  // of rows r, r+8; sums: of this lane's columns
-  float factor[kRowTiles][2];                      // scores to base 2
+  float factor[kRowTiles][2];                      // from products to scores in base 2
 
   // Times of the lane's rows; -1: no row.
   __device__ __forceinline__ int Time(const PrefillJob& job, const PrefillBlock& block, int m,
@@ -81,26 +82,27 @@ struct PrefillRows {
     }
   }
 
-  // Scores in base 2, soft-capped; those of keys that a row does not see are -infinity.
+  // Whether scores are not simply products times a positive factor.
+  static __device__ __forceinline__ bool IsGeneral(const PrefillJob& job) {
+    return job.attention.softcap > 0.0f || !(job.attention.scale > 0.0f);
+  }
+
+  // Scores in base 2 divided by Multiplier(); those of keys that a row does not see are -infinity.
   __device__ __forceinline__ void Finish(const PrefillJob& job, const PrefillBlock& block,
                                          const TileOf& tile, bool masked, int lane) {
-    const float cap = job.attention.softcap * 1.44269504f;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) score[m][n][k] *= factor[m][k / 2];
-    if (cap > 0.0f) {
-      const float per_cap = 2.0f / job.attention.softcap;
+    if (IsGeneral(job)) {
+      const float cap = job.attention.softcap * 1.44269504f, per_cap = 2.0f / job.attention.softcap;
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const float power = ptx::Exp2(score[m][n][k] * per_cap);  // e^(2 score / softcap)
-            score[m][n][k] = cap - __fdividef(2.0f * cap, power + 1.0f);
+            float& x = score[m][n][k];
+            x *= factor[m][k / 2];
+            if (cap > 0.0f) {  // e^(2 x / softcap)
+              x = cap - __fdividef(2.0f * cap, ptx::Exp2(x * per_cap) + 1.0f);
+            }
           }
     }
     if (!masked) return;
@@ -126,50 +128,65 @@ struct PrefillRows {
     return SeenKeys(time, tile.exact, block.page_size, block.window);
   }
 
-  // Scores to weights; sums and outputs follow their row's maximum.
-  __device__ __forceinline__ void Weigh() {
+  // Scores to weights; sums follow their row's maximum. Returns whether outputs must be multiplied
+  // by `old`, which are 1 otherwise.
+  __device__ __forceinline__ bool Weigh(const PrefillJob& job, float (&old)[kRowTiles][2]) {
+    const bool general = IsGeneral(job);
     bool grows = false;
     float next[kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float most = maximum[m][half];
+        float most = MinusInfinity();
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
           most = fmaxf(most, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-        next[m][half] = most;
-        grows = grows || most > maximum[m][half];
+        next[m][half] = fmaxf(maximum[m][half], general ? most : most * factor[m][half]);
+        grows = grows || next[m][half] > maximum[m][half];
       }
-    if (__any_sync(kAllLanes, grows)) {  // else all factors are 1
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float old = ptx::Exp2(maximum[m][half] - next[m][half]);
-          maximum[m][half] = next[m][half];
-          sum[m][half] *= old;
-#pragma unroll
-          for (int n = 0; n < D / 8; ++n) {
-            out[m][n][2 * half] *= old;
-            out[m][n][2 * half + 1] *= old;
-          }
-        }
-    }
+    grows = __any_sync(kAllLanes, grows);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float base = maximum[m][half] - kPrefillShift;
+        old[m][half] = 1.0f;
+        if (grows) old[m][half] = ptx::Exp2(maximum[m][half] - next[m][half]);
+        maximum[m][half] = next[m][half];
+        const float base = kPrefillShift - next[m][half];
+        const float multiplier = general ? 1.0f : factor[m][half];
+        float added = 0.0f;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int k = 2 * half; k < 2 * half + 2; ++k) {
-            score[m][n][k] = ptx::Exp2(score[m][n][k] - base);
-            sum[m][half] += score[m][n][k];
+            score[m][n][k] = ptx::Exp2(__fmaf_rn(score[m][n][k], multiplier, base));
+            added += score[m][n][k];
           }
+        sum[m][half] = __fmaf_rn(sum[m][half], old[m][half], added);
+      }
+    return grows;
+  }
+
+  __device__ __forceinline__ void Rescale(const float (&old)[kRowTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) out[m][n][k] *= old[m][k / 2];
+  }
+
+  // Weights of 16 keys as first operands.
+  __device__ __forceinline__ void Pack(int step, uint32_t (&p)[kRowTiles][4]) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float (&x)[4] = score[m][2 * step + k / 2];
+        p[m][k] = ptx::PackHalf(x[2 * (k & 1)], x[2 * (k & 1) + 1]);
       }
   }
 
@@ -180,13 +197,7 @@ struct PrefillRows {
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       uint32_t p[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float (&x)[4] = score[m][2 * step + k / 2];
-          p[m][k] = ptx::PackHalf(x[2 * (k & 1)], x[2 * (k & 1) + 1]);
-        }
+      Pack(step, p);
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {
         const uint4 v = ptx::LoadTransposed(row + (unit ^ ((n & 3) * 32)) +

@@ -9,6 +9,7 @@ namespace cuda {
 
 template <int D>
 struct PrefillShape {
+  static constexpr int kDim = D;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarp;
   // Of a warp, 16 rows each: two halve the loads of keys and values, if registers allow.
@@ -52,20 +53,26 @@ __device__ __forceinline__ uint4 EightHalves(const Rows& x, int64_t row, int ele
   return halves;
 }
 
-// Whether one of two halves is not finite.
+// Whether one of the halves is not finite.
 __device__ __forceinline__ bool AnyBad(uint32_t x) {
   return (x & 0x7C00u) == 0x7C00u || (x & 0x7C000000u) == 0x7C000000u;
 }
+__device__ __forceinline__ bool AnyBad(uint4 x) {
+  return AnyBad(x.x) || AnyBad(x.y) || AnyBad(x.z) || AnyBad(x.w);
+}
 
-// Exact tokens of one role → a tile; 0 where no row looks. Synchronise before reading.
-template <int D>
-__device__ __forceinline__ void LoadExact(const PrefillJob& job, const PrefillBlock& block,
-                                          int role, int first, uint16_t* to) {
-  using Shape = PrefillShape<D>;
+// Exact tokens of one role → a tile; 0 where no row looks. By kThreads threads, of which this is
+// `thread`; synchronise before reading. Returns whether this thread met NaN or infinity.
+template <class Shape, int kThreads>
+__device__ __forceinline__ bool LoadExact(const PrefillJob& job, const PrefillBlock& block,
+                                          int role, int first, uint16_t* to, int thread) {
+  constexpr int D = Shape::kDim;
   const RoleView& view = role ? job.attention.value : job.attention.key;
   const int d = view.role.head_dim;
   const Rows tail = {view.cache.tail, HQMQ_FLOAT16, 0, 0, 0};
-  for (int i = threadIdx.x; i < Shape::kUnits; i += Shape::kThreads) {
+  bool bad = false;
+#pragma unroll 1
+  for (int i = thread; i < Shape::kUnits; i += kThreads) {
     const int t = i / (D / 8), unit = i % (D / 8), token = first + t;
     uint4 x = make_uint4(0, 0, 0, 0);
     if (token >= block.span.past && token <= block.last_time) {
@@ -75,8 +82,10 @@ __device__ __forceinline__ void LoadExact(const PrefillJob& job, const PrefillBl
       const int64_t row = block.lane * block.page_size + (token & (block.page_size - 1));
       x = EightHalves(tail, row * d, 8 * unit, d, job.wide_tail[role]);
     }
+    bad = bad || AnyBad(x);
     ptx::StoreShared128(ptx::SharedAddress(to + 8 * TileUnit<Shape::kKeys>(t, unit)), x);
   }
+  return bad;
 }
 
 // A coded tile of one role from the workspace, as asynchronous copies.
@@ -99,12 +108,13 @@ __device__ __forceinline__ void CopyCoded(const PrefillJob& job, const PrefillBl
 template <int D>
 __device__ __forceinline__ void FetchTile(const PrefillJob& job, const PrefillBlock& block,
                                           int number, PrefillShared<D>* shared) {
+  using Shape = PrefillShape<D>;
   const TileOf tile = TileNumber<PrefillShape<D>::kKeys>(block, number);
   uint16_t (&stage)[2][PrefillShape<D>::kTileHalves] = shared->stage[number & 1];
 #pragma unroll
   for (int role = 0; role < 2; ++role) {
     if (tile.exact) {
-      LoadExact<D>(job, block, role, tile.first, stage[role]);
+      LoadExact<Shape, Shape::kThreads>(job, block, role, tile.first, stage[role], threadIdx.x);
     } else {
       CopyCoded<D>(job, block, role, tile.first, stage[role]);
     }
@@ -126,11 +136,10 @@ __device__ __forceinline__ PrefillRow RowOf(const PrefillJob& job, const Prefill
 
 // The queries of a warp as fp16, the largest of a row in [1, 2) times the row's factor; 0 for rows
 // without a token. The warp synchronises before and after.
-template <int D>
+template <class Shape>
 __device__ __forceinline__ void LoadQueries(const PrefillJob& job, const PrefillBlock& block,
-                                            PrefillShared<D>* shared, int warp, int lane) {
-  using Shape = PrefillShape<D>;
-  constexpr int kEach = D / kWarp;  // elements of a lane
+                                            uint16_t* query, float* factor, int warp, int lane) {
+  constexpr int kEach = Shape::kDim / kWarp;  // elements of a lane
   const AttentionJob& a = job.attention;
   const int d = a.key.role.head_dim;
 #pragma unroll 4
@@ -148,9 +157,9 @@ __device__ __forceinline__ void LoadQueries(const PrefillJob& job, const Prefill
     const uint32_t exponent = __float_as_uint(WarpMax(largest)) & 0x7F800000u;
     const bool usual = exponent >= 0x01000000u && exponent <= 0x7E000000u;
     const float per_unit = usual ? __uint_as_float(0x7F000000u - exponent) : 1.0f;
-    if (lane == 0) shared->factor[local] = usual ? __uint_as_float(exponent) : 1.0f;
+    if (lane == 0) factor[local] = usual ? __uint_as_float(exponent) : 1.0f;
     const int element = lane * kEach, unit = TileUnit<Shape::kRows>(local, element / 8);
-    uint16_t* to = shared->query + 8 * unit + element % 8;
+    uint16_t* to = query + 8 * unit + element % 8;
 #pragma unroll
     for (int k = 0; k < kEach; k += 2) {
       *reinterpret_cast<uint32_t*>(to + k) = ptx::PackHalf(x[k] * per_unit, x[k + 1] * per_unit);
