@@ -176,6 +176,9 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.by_row_blocks = divider(cut.row_blocks);
   job.by_group = divider(attention.group);
   job.by_shares = divider(4 * cut.splits - 1);
+  const float softcap = attention.softcap;
+  job.cap = softcap > 0.0f ? softcap * 1.44269504f : 0.0f;
+  job.per_cap = softcap > 0.0f ? 2.0f / softcap : 0.0f;
   job.parts = parts;
   job.states = instance.shared_states ? nullptr : parts + PartBytes(attention, cut) / sizeof(float);
   job.counters = counters;

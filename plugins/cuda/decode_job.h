@@ -57,6 +57,7 @@ struct DecodeJob {
   int32_t block_items, longer_blocks;
   Divider by_splits, by_batch, by_row_blocks, by_group;
   Divider by_shares;   // 4 * splits - 1: quarters of a split
+  float cap, per_cap;  // of scores in base 2: softcap * log2 e, 2 / softcap; 0: none
   float* parts;        // [problems, splits + 1, PartFloats]: the last one of the exact tokens
   float* states;       // [blocks, StateFloats], null: in shared memory
   uint32_t* counters;  // [problems], 0 when the kernel starts

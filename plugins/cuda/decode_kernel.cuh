@@ -114,10 +114,9 @@ struct DecodeBlock {
             Fma((sum[0][2 * i + c] + sum[1][2 * i + c]), of_key * factor[c], mean_score[c]);
       }
     }
-    if (a.softcap > 0.0f) {
+    if (job.cap > 0.0f) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        score[c] = Capped(score[c], a.softcap * 1.44269504f, 2.0f / a.softcap);
+      for (int c = 0; c < 4; ++c) score[c] = Capped(score[c], job.cap, job.per_cap);
     }
     if (token0 < first_seen || token0 + kDecodeTile > last_seen) {
 #pragma unroll
@@ -176,18 +175,13 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   uint32_t stage = ring, parity = 0;
   Feed<Key, Value, D, kRings> feed;
   NewRows<D> fresh;
-  {
-    const int index = job.by_splits(items.begin);
-    const Problem first = ProblemOf(job, index);
-    fresh.Load(job, first, warp, lane);
-    if (threadIdx.x == 0) {
-      ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeWarps);
-      ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeWarps);
-      shared->problem = first;
-      shared->bad_values = 0;
-    }
-    feed.Start(job, first, index, items, ring, warp, lane);
+  Problem next = ProblemOf(job, job.by_splits(items.begin));
+  fresh.Load(job, next, warp, lane);
+  if (threadIdx.x == 0) {
+    ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeWarps);
+    ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeWarps);
   }
+  feed.Start(job, next, job.by_splits(items.begin), items, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
   const uint32_t tables[2] = {arena.table, arena.table + Tables<Key, Value>::kValue};
@@ -204,32 +198,31 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
 
   int head = -1;
   Pending pending;
-  for (int item = items.begin; item < items.end;) {  // problems
+  // Problems. (What stands after each tells the compiler that it is not needed any more.)
+  for (int item = items.begin; item < items.end; next = Problem{}, fresh = NewRows<D>{}) {
     const int index = job.by_splits(item), first_split = item - index * job.splits;
     if (item != items.begin) {
       __syncthreads();
-      const Problem next = ProblemOf(job, index);
+      next = ProblemOf(job, index);
       fresh.Load(job, next, warp, lane);
-      if (threadIdx.x == 0) {
-        shared->problem = next;
-        shared->bad_values = 0;
-      }
     }
-    __syncthreads();
-    const Problem& p = shared->problem;
     const int end_split = min(job.splits, first_split + items.end - item);
     item += end_split - first_split;
-    if (p.rows == 0) {
-      if (first_split == 0) StoreEmptyRows<D, kColumns>(job, p, 0, warp, lane);
+    if (next.rows == 0) {
+      if (first_split == 0) StoreEmptyRows<D, kColumns>(job, next, 0, warp, lane);
       continue;
     }
-    if (head != p.h) {
-      self.turned =
-          FillTables<Key, Value>(a, p.h, tables, levels, shared, lane, &self.key, &self.value);
-      head = p.h;
+    if (threadIdx.x == 0) {
+      shared->problem = next;
+      shared->bad_values = 0;
     }
-    fresh.Store(job, p, shared, warp, lane);
+    if (head != next.h) {
+      FillTables<Key, Value>(a, next.h, tables, levels, shared, lane, &self.key, &self.value);
+      head = next.h;
+    }
+    fresh.Store(job, next, shared, warp, lane);
     __syncthreads();
+    const Problem& p = shared->problem;
     self.LoadProblem(job, p, shared, warp, lane);
     const int splits = min(end_split, p.splits) - first_split;
     if (splits <= 0) continue;

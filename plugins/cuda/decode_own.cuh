@@ -58,13 +58,24 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
     factor[i] = a.scale * 1.44269504f * shared->factor[0][row];
     time[i] = RowTime(job, p, p.row + row);
   }
-  const float cap = a.softcap * 1.44269504f, per_cap = 2.0f / a.softcap;
   bool bad = false;
   for (int tile = begin + own_warp * kDecodeTile; tile <= p.last_time;
        tile += kOwnWarps * kDecodeTile) {
     float score[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     const uint16_t* k0 = OwnRow(job, p, 0, *shared, tile + r);
     const uint16_t* k1 = OwnRow(job, p, 0, *shared, tile + r + 8);
+    // Half of V's rows arrive while K's products are made, where registers allow.
+    constexpr int kLoads = (D / 32 + 1) / 2;
+    uint4 v[2][2][kLoads];
+    const auto load_values = [&](int half) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint16_t* from = OwnRow(job, p, 1, *shared, tile + 2 * j + n + 8 * half);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) v[half][n][i] = LoadOwn(from, r * (D / 8) + 8 * i);
+      }
+    };
+    if constexpr (D <= 128) load_values(0);
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const uint4 x = LoadOwn(k0, j * (D / 4) + 8 * i), y = LoadOwn(k1, j * (D / 4) + 8 * i);
@@ -76,7 +87,7 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
       const int t = tile + r + 8 * (k / 2);
       const int page = time[k & 1] & ~(page_size - 1);
       score[k] *= factor[k & 1];
-      if (a.softcap > 0.0f) score[k] = Capped(score[k], cap, per_cap);
+      if (job.cap > 0.0f) score[k] = Capped(score[k], job.cap, job.per_cap);
       if (t < OldestKey(time[k & 1], a.window) || t < page || t > time[k & 1])
         score[k] = MinusInfinity();
     }
@@ -85,12 +96,10 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
     rows->Weigh(score, one, weight);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint16_t* v0 = OwnRow(job, p, 1, *shared, tile + 2 * j + 8 * half);
-      const uint16_t* v1 = OwnRow(job, p, 1, *shared, tile + 2 * j + 1 + 8 * half);
+      if (D > 128 || half == 1) load_values(half);
 #pragma unroll
-      for (int i = 0; i < (D / 32 + 1) / 2; ++i) {
-        const uint4 x = FiniteHalves(LoadOwn(v0, r * (D / 8) + 8 * i), &bad);
-        const uint4 y = FiniteHalves(LoadOwn(v1, r * (D / 8) + 8 * i), &bad);
+      for (int i = 0; i < kLoads; ++i) {
+        const uint4 x = FiniteHalves(v[half][0][i], &bad), y = FiniteHalves(v[half][1][i], &bad);
         rows->Add(2 * i, make_uint2(x.x, x.y), make_uint2(y.x, y.y), half, weight);
         rows->Add(2 * i + 1, make_uint2(x.z, x.w), make_uint2(y.z, y.w), half, weight);
       }

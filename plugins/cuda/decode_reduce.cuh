@@ -247,8 +247,8 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
   for (int n = 0; n < kBatch; ++n) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      batch[n][c] = n < p.splits ? ptx::LoadGlobal128(from + n * kFloats + c * 4 * kWarp)
-                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      // Beyond the last part, it again, with a weight of 0: loads without branches.
+      batch[n][c] = ptx::LoadGlobal128(from + min(n, p.splits - 1) * kFloats + c * 4 * kWarp);
     }
   }
   // Weights carry 2^kWeightShift; so does the sink's.

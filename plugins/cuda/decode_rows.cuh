@@ -15,9 +15,11 @@
 namespace hqmq {
 namespace cuda {
 
-// Weights exp2(score - maximum) are scaled by 2^15, the largest power fp16 holds: small ones stay
-// normal numbers.
-constexpr float kWeightShift = 15.0f;
+// A warp's maximum follows its scores when one is greater by more than 2^kSlack: rescaling outputs
+// costs more than the bits. Weights exp2(score - maximum) are scaled by 2^kWeightShift, so that the
+// largest is the largest power that fp16 holds and small ones stay normal numbers.
+constexpr float kSlack = 6.0f;
+constexpr float kWeightShift = 15.0f - kSlack;
 // A maximum of no scores.
 constexpr float kNoScore = -1e30f;
 
@@ -78,9 +80,9 @@ struct LaneRows {
   // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity.
   __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[4],
                                         uint32_t (&weight)[kColumns / 2][2]) {
-    const bool grows = fmaxf(score[0], score[2]) > maximum[0] ||
-                       fmaxf(score[1], score[3]) > maximum[1] || fmaxf(scale[0], scale[1]) > unit ||
-                       fmaxf(scale[2], scale[3]) > unit;
+    const bool grows = fmaxf(score[0], score[2]) > maximum[0] + kSlack ||
+                       fmaxf(score[1], score[3]) > maximum[1] + kSlack ||
+                       fmaxf(scale[0], scale[1]) > unit || fmaxf(scale[2], scale[3]) > unit;
     if (__any_sync(kAllLanes, grows)) Rescale(score, scale);
     const float base[2] = {maximum[0] - kWeightShift, maximum[1] - kWeightShift};
     const float per_unit = __uint_as_float(0x7F000000u - __float_as_uint(unit));  // 1 / unit

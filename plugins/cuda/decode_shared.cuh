@@ -171,15 +171,21 @@ __device__ __forceinline__ void HadamardByLanes(float (&x)[D / kWarp], float sca
 template <int D>
 struct NewRows {
   static constexpr int kThreads = kDecodeThreads - kDecodeRows * kWarp;
-  float query[D / kWarp];
-  uint16_t fresh;  // element threadIdx.x - kDecodeRows * kWarp of the tokens
+  uint16_t query[D / kWarp];  // as they are: to convert them is to wait for them
+  uint16_t fresh;             // element threadIdx.x - kDecodeRows * kWarp of the tokens
 
+  static __device__ __forceinline__ uint16_t Bits(const Rows& x, int64_t element) {
+    return static_cast<const uint16_t*>(x.data)[element];
+  }
+  static __device__ __forceinline__ float Value(const Rows& x, uint16_t bits) {
+    return x.dtype == HQMQ_FLOAT16 ? FloatFromHalf(bits) : FloatFromBf16(bits);
+  }
   static __device__ __forceinline__ uint16_t Fresh(const DecodeJob& job, const Problem& p, int i,
                                                    int tokens) {
     const AttentionJob& a = job.attention;
     const int role = i >= tokens * D, t = i / D - role * tokens;
     const Rows& x = role ? a.value.x : a.key.x;
-    return LoadHalf(x, RowStart(x, p.b, p.h, t) + i % D);
+    return Bits(x, RowStart(x, p.b, p.h, t) + i % D);
   }
 
   __device__ __forceinline__ void Load(const DecodeJob& job, const Problem& p, int warp, int lane) {
@@ -188,12 +194,12 @@ struct NewRows {
     const int first = static_cast<int>(threadIdx.x) - kDecodeRows * kWarp;
     fresh = 0;
 #pragma unroll
-    for (int i = 0; i < D / kWarp; ++i) query[i] = 0.0f;
+    for (int i = 0; i < D / kWarp; ++i) query[i] = 0;
     if (warp < p.rows) {
       const int token = job.by_group(row);
       const int64_t from = RowStart(a.q, p.b, p.h * a.group + row - token * a.group, token);
 #pragma unroll
-      for (int i = 0; i < D / kWarp; ++i) query[i] = LoadFloat(a.q, from + lane + i * kWarp);
+      for (int i = 0; i < D / kWarp; ++i) query[i] = Bits(a.q, from + lane + i * kWarp);
     } else if (first >= 0 && first < 2 * tokens * D) {
       fresh = Fresh(job, p, first, tokens);
     }
@@ -204,9 +210,12 @@ struct NewRows {
                                         DecodeShared<D>* shared, int warp, int lane) {
     const AttentionJob& a = job.attention;
     if (warp < kDecodeRows) {
-      const float plain = StoreQuery<D>(query, shared->query[0][warp], lane);
-      if (a.key.role.hadamard) HadamardByLanes<D>(query, a.key.hadamard_scale, lane);
-      const float rotated = StoreQuery<D>(query, shared->query[1][warp], lane);
+      float x[D / kWarp];
+#pragma unroll
+      for (int i = 0; i < D / kWarp; ++i) x[i] = Value(a.q, query[i]);
+      const float plain = StoreQuery<D>(x, shared->query[0][warp], lane);
+      if (a.key.role.hadamard) HadamardByLanes<D>(x, a.key.hadamard_scale, lane);
+      const float rotated = StoreQuery<D>(x, shared->query[1][warp], lane);
       if (lane == 0) {
         shared->factor[0][warp] = plain;
         shared->factor[1][warp] = rotated;
@@ -217,7 +226,9 @@ struct NewRows {
     int i = static_cast<int>(threadIdx.x) - kDecodeRows * kWarp;
     for (uint16_t x = fresh; i < 2 * tokens * D;) {
       const int role = i >= tokens * D;
-      shared->fresh[role][i / D - role * tokens][i % D] = x;
+      const Rows& from = role ? a.value.x : a.key.x;
+      shared->fresh[role][i / D - role * tokens][i % D] =
+          from.dtype == HQMQ_FLOAT16 ? x : HalfFromFloat(FloatFromBf16(x));
       i += kThreads;
       if (i < 2 * tokens * D) x = Fresh(job, p, i, tokens);
     }
