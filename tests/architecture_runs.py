@@ -88,19 +88,7 @@ def tokens() -> np.ndarray:
 
 def run_exported(folder: Path) -> Tensor:
     """Logits [all tokens, V], sequence by sequence, of an export in ONNX Runtime: one batch, right-padded."""
-    exported, ids = Exported(folder), tokens()
-    rows: list[list[Tensor]] = [[] for _ in ids]
-    done = np.zeros(len(ids), int)
-    for new in STEPS:
-        padded = np.zeros((len(ids), max(new)), np.int64)
-        for b, count in enumerate(new):
-            padded[b, :count] = ids[b, done[b] : done[b] + count]
-        logits = exported.step(padded, new)
-        for b, count in enumerate(new):
-            rows[b].append(torch.from_numpy(logits[b, :count]))
-        done += new
-    assert np.array_equal(exported.length, done)
-    return torch.cat([part for parts in rows for part in parts])
+    return torch.cat(Exported(folder).run(tokens(), STEPS))
 
 
 def run_torch(model: Any, cache_of: Callable[[], Any]) -> Tensor:

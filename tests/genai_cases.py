@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models
 
 from hqmq_trt.export.rewrite.reading import read
 from tests import rewrite_cases as cases
+from tests.tiny_decoders import BASE, MODELS
 
 INSTALLED = importlib.util.find_spec("onnxruntime_genai") is not None
 OLD_KERNELS = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 31)
@@ -29,16 +30,15 @@ SINGLE = ([19, 11, 3], [1, 1, 0], *[[1, 0, 0]] * 5, *[[1, 1, 1]] * 32)
 ROOM = 64
 """Rows of a cache whose size is fixed."""
 
-_BASE = cases._BASE
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: transformers.LlamaConfig(**_BASE),
-    "qwen2": lambda: transformers.Qwen2Config(**_BASE),
-    "qwen3": lambda: transformers.Qwen3Config(**_BASE),
-    "gemma2": cases.MODELS["gemma2"],
+    "llama": lambda: transformers.LlamaConfig(**BASE),
+    "qwen2": lambda: transformers.Qwen2Config(**BASE),
+    "qwen3": lambda: transformers.Qwen3Config(**BASE),
+    "gemma2": MODELS["gemma2"],
     "phi": lambda: transformers.PhiConfig(
-        **{key: size for key, size in _BASE.items() if key != "head_dim"} | {"hidden_size": 128}
+        **{key: size for key, size in BASE.items() if key != "head_dim"} | {"hidden_size": 128}
     ),
-    "gptoss": lambda: transformers.GptOssConfig(**_BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    "gptoss": lambda: transformers.GptOssConfig(**BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
 }
 
 

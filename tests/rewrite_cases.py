@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -22,39 +21,7 @@ PAGES = 8
 LENGTHS = ([19, 11, 3], [6, 1, 0], *[[1, 1, 1]] * 32)
 """Tokens that each of three sequences gets in each step: prefill, a chunk, 32 single tokens."""
 
-_BASE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_BASE),
-    "qwen2": lambda: transformers.Qwen2Config(**_BASE),
-    "mistral": lambda: transformers.MistralConfig(**_BASE, sliding_window=7),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **_BASE, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=10.0
-    ),
-}
 CACHES = [f"{layer}.{role}" for layer in range(2) for role in ("key", "value")]
-
-
-def make_model(name: str, attention: str = "eager") -> Any:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[name](), attn_implementation=attention).eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                parameter.normal_(0, 0.3)
-    return model
 
 
 class Flat(torch.nn.Module):

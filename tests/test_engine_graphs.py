@@ -15,13 +15,14 @@ from onnx import TensorProto
 from hqmq_trt import contract
 from hqmq_trt.engine.network import engine_model
 from hqmq_trt.export import export_model
-from tests.test_export import make_model
+from hqmq_trt.export.targets import OPERATORS
+from tests.tiny_decoders import make_model
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
 _NUMBERS = _FLOATS | {TensorProto.INT32, TensorProto.INT64}
 _BOOL = {TensorProto.BOOL}
 _ANY = _NUMBERS | _BOOL
-_PARSED: dict[str, set[int]] = {
+_TYPES: dict[str, set[int]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Min", "Max", "Clip", "Neg", "Abs"), _NUMBERS),
     **dict.fromkeys(("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), _NUMBERS),
     **dict.fromkeys(("Pow", "Sqrt", "Reciprocal", "Cos", "Sin", "Tanh", "Sigmoid", "Exp", "Erf", "Gelu"), _FLOATS),
@@ -32,8 +33,8 @@ _PARSED: dict[str, set[int]] = {
     **dict.fromkeys(("Squeeze", "Unsqueeze", "Transpose", "Identity"), _ANY),
     "Range": {TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64},
 }
-"""Operators that docs/operators.md of onnx-tensorrt 10.6 lists, with the types of the first input (Clip: integers too,
-as its importer does them by minimum and maximum)."""
+"""Types of the first input that docs/operators.md of onnx-tensorrt 10.6 lists (Clip: integers too, as its importer does
+them by minimum and maximum), for the operators that our graphs have; which operators it knows: export/targets.py."""
 _ONE_TYPE = ("Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Less", "LessOrEqual", "Greater", "And", "MatMul", "Gemm")
 _CONSTANT_INPUTS = {
     "Squeeze": (1,),
@@ -76,8 +77,8 @@ def test_every_operator_is_parsed_with_its_types(model: Any) -> None:
         if node.domain:
             assert node.domain == contract.DOMAIN
             continue
-        assert node.op_type in _PARSED, f"{node.name}: TensorRT 10.6 does not parse {node.op_type}"
-        assert known[node.input[0]] in _PARSED[node.op_type], (
+        assert node.op_type in OPERATORS["tensorrt-10"], f"{node.name}: TensorRT 10.6 does not parse {node.op_type}"
+        assert known[node.input[0]] in _TYPES[node.op_type], (
             f"{node.name}: {node.op_type} of type {known[node.input[0]]}"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +18,11 @@ from hqmq_trt import ort_library, schemas
 from hqmq_trt.cache import HqmqCache
 from hqmq_trt.export import export_model
 from hqmq_trt.manifest import Manifest
+from tests.tiny_decoders import make_model
 
 PAGES = 12
 LENGTHS = ([19, 11, 3], [6, 1, 0], [1, 1, 1], [1, 1, 1])
 """Tokens that each of three sequences gets in each step: prefill, a chunk, two single tokens."""
-
-_BASE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.15,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**_BASE),
-    "llama64": lambda: transformers.LlamaConfig(**{**_BASE, "head_dim": 64, "tie_word_embeddings": True}),
-    "qwen2": lambda: transformers.Qwen2Config(**_BASE),
-    "qwen3": lambda: transformers.Qwen3Config(**_BASE),
-    "mistral": lambda: transformers.MistralConfig(**_BASE, sliding_window=7),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **_BASE, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=5.0, final_logit_softcapping=10.0
-    ),
-}
-
-
-def make_model(name: str) -> Any:
-    torch.manual_seed(0)
-    config = MODELS[name]()
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                parameter.normal_(0, 0.3)
-    return model
 
 
 class Exported:
@@ -93,6 +58,22 @@ class Exported:
         self.cache = {name.replace("present", "past", 1): value for name, value in results.items()}
         return logits
 
+    def run(self, ids: np.ndarray, lengths: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits [tokens, V] of each sequence of ids [B, most tokens], in one batch that is right-padded in every step;
+        `lengths`: tokens that each sequence gets, by step."""
+        rows: list[list[Tensor]] = [[] for _ in ids]
+        done = np.zeros(len(ids), int)
+        for new in lengths:
+            padded = np.zeros((len(ids), max(new)), np.int64)
+            for b, count in enumerate(new):
+                padded[b, :count] = ids[b, done[b] : done[b] + count]
+            logits = self.step(padded, list(new))
+            for b, count in enumerate(new):
+                rows[b].append(torch.from_numpy(logits[b, :count]))
+            done += new
+        assert np.array_equal(self.length, done)
+        return [torch.cat(parts) for parts in rows]
+
 
 def tokens() -> np.ndarray:
     total = np.sum(LENGTHS, 0).max()
@@ -101,19 +82,7 @@ def tokens() -> np.ndarray:
 
 def run_exported(exported: Exported) -> list[Tensor]:
     """Logits [tokens, V] of each sequence, in steps of LENGTHS."""
-    ids = tokens()
-    rows: list[list[Tensor]] = [[] for _ in LENGTHS[0]]
-    done = np.zeros(len(rows), int)
-    for new in LENGTHS:
-        padded = np.zeros((len(rows), max(new)), np.int64)
-        for b, count in enumerate(new):
-            padded[b, :count] = ids[b, done[b] : done[b] + count]
-        logits = exported.step(padded, new)
-        for b, count in enumerate(new):
-            rows[b].append(torch.from_numpy(logits[b, :count]))
-        done += new
-    assert np.array_equal(exported.length, done)
-    return [torch.cat(parts) for parts in rows]
+    return exported.run(tokens(), LENGTHS)
 
 
 def run_torch(model: Any, cache_of: Callable[[], Any]) -> list[Tensor]:

@@ -11,9 +11,10 @@ import pytest
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export.rewrite import analyse, rewrite_model
+from hqmq_trt.export.targets import OPERATORS
 from hqmq_trt.manifest import Manifest
 from tests import rewrite_cases as cases
-from tests.test_engine_graphs import _PARSED
+from tests.tiny_decoders import make_model
 
 WAYS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dynamo18": ("mistral", "sdpa", {"opset": 18}),
@@ -82,9 +83,9 @@ class Exports:
             if way == "cache-operator":
                 onnx.save(with_cache_operator(onnx.load(self("dynamo23"))), path)
             elif way.startswith("traced"):
-                cases.export_traced(cases.make_model(name, attention), path)
+                cases.export_traced(make_model(name, attention), path)
             else:
-                cases.export_dynamo(cases.make_model(name, attention), path, **options)
+                cases.export_dynamo(make_model(name, attention), path, **options)
             self.made[way] = path
         return self.made[way]
 
@@ -124,7 +125,7 @@ def test_unpacked_cache_changes_nothing(exports: Exports, tmp_path: Path, way: s
     manifest = rewrite_model(path, tmp_path / "out", "fp16@p8", mode=mode)
     assert (manifest.mode, manifest.vocab_size, manifest.hidden_size) == (mode, 97, 64)
     operators = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node if not node.domain}
-    assert operators <= set(_PARSED)
+    assert operators <= OPERATORS["tensorrt-10"]
     original = onnx.load(path)
     kept: list[cases.Held] = []
     found = cases.run_rewritten(tmp_path / "out", kept=kept)
@@ -141,7 +142,7 @@ def test_packed_cache_is_that_of_torch(exports: Exports, tmp_path: Path, way: st
     """hq4 equals the PyTorch model with the same HqmqCache, and is not the unpacked one."""
     rewrite_model(exports(way), tmp_path / "out", "hq4@p8")
     found = cases.run_rewritten(tmp_path / "out")
-    model = cases.make_model(WAYS[way][0])
+    model = make_model(WAYS[way][0])
     assert cases.divergence(cases.run_torch(model, "hq4@p8"), found) < 1e-4
     assert cases.divergence(cases.run_torch(model, "fp16@p8"), found) > 1e-4
 

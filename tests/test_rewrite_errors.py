@@ -15,12 +15,13 @@ from hqmq_trt.cli import app
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export.rewrite import analyse, rewrite_model
 from tests import rewrite_cases as cases
+from tests.tiny_decoders import make_model
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("errors") / "model.onnx"
-    cases.export_traced(cases.make_model("llama"), path)
+    cases.export_traced(make_model("llama"), path)
     return path
 
 

@@ -13,6 +13,7 @@ import pytest
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export.rewrite import rewrite_model
 from tests import rewrite_cases as cases
+from tests.tiny_decoders import make_model
 
 LENGTHS = ([9, 5, 2], [4, 1, 0], [1, 1, 1])
 MUTATIONS = 42
@@ -21,7 +22,7 @@ MUTATIONS = 42
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     path = tmp_path_factory.mktemp("fuzz") / "model.onnx"
-    cases.export_traced(cases.make_model("mistral"), path)
+    cases.export_traced(make_model("mistral"), path)
     return onnx.load(path)
 
 

@@ -12,6 +12,7 @@ import torch
 from hqmq_trt import ort_library
 from hqmq_trt.export.rewrite import analyse, rewrite_model
 from tests import rewrite_cases as cases
+from tests.tiny_decoders import make_model
 
 HALVES = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 WAYS = ["traced", "dynamo18", "dynamo23"]
@@ -21,7 +22,7 @@ WAYS = ["traced", "dynamo18", "dynamo23"]
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     way, dtype = request.param
     path = tmp_path_factory.mktemp("half") / "model.onnx"
-    model = cases.make_model("qwen2" if way == "traced" else "llama", "eager" if way == "traced" else "sdpa")
+    model = make_model("qwen2" if way == "traced" else "llama", "eager" if way == "traced" else "sdpa")
     model.to(getattr(torch, dtype))
     if way == "traced":
         cases.export_traced(model, path)

@@ -16,11 +16,11 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.export.rewrite import microsoft, rewrite_model
 from hqmq_trt.export.rewrite.microsoft_nodes import Context
 from hqmq_trt.export.rewrite.microsoft_trial import apply, try_rule
+from hqmq_trt.export.targets import OPERATORS
 from tests import genai_cases
 from tests import rewrite_cases as cases
 from tests import test_rewrite_fuzz as fuzz
 from tests.genai_cases import lone
-from tests.test_engine_graphs import _PARSED
 
 F, H, I32, I64 = (getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT32", "INT64"))
 MUTATIONS = 24
@@ -170,7 +170,7 @@ def test_form(form: str) -> None:
     model, node, rule = made(form)
     try_rule(model, node, rule)
     apply(Context(model.graph, model.graph.inputs[0]), node, rule)
-    parsed = {*_PARSED, "DequantizeLinear"}
+    parsed = OPERATORS["tensorrt-10"]
     assert all(not node.domain and node.op_type in parsed for node in model.graph)
     blocked = any(node.op_type == "DequantizeLinear" for node in model.graph)
     assert blocked == (form in ("bits-4", "bits-4-zeros-of-eight"))

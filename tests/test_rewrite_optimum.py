@@ -17,6 +17,7 @@ import pytest
 
 from hqmq_trt.export.rewrite import analyse, rewrite_model
 from tests import rewrite_cases as cases
+from tests.tiny_decoders import make_model
 
 VARIABLE = "HQMQ_TEST_OPTIMUM"
 _EXPORT = """
@@ -48,7 +49,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optimum")
-    cases.make_model("llama").save_pretrained(folder / "torch")
+    make_model("llama").save_pretrained(folder / "torch")
     command = [str(PYTHON), "-c", _EXPORT, str(folder / "torch"), str(folder / "onnx")]
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=kept)
@@ -78,4 +79,4 @@ def test_unpacked_cache_changes_nothing(decoder: Path, tmp_path: Path, mode: str
 def test_packed_cache_is_that_of_torch(decoder: Path, tmp_path: Path) -> None:
     rewrite_model(decoder, tmp_path / "out", "hq4@p8")
     found = cases.run_rewritten(tmp_path / "out")
-    assert cases.divergence(cases.run_torch(cases.make_model("llama"), "hq4@p8"), found) < 1e-4
+    assert cases.divergence(cases.run_torch(make_model("llama"), "hq4@p8"), found) < 1e-4

@@ -15,7 +15,7 @@ import pytest
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export import export_model, targets
 from tests.tensorrt_versions import UnavailableError, fetch
-from tests.test_export import make_model
+from tests.tiny_decoders import make_model
 
 _ASK = """
 import ctypes, json, os, sys
@@ -113,7 +113,7 @@ def test_rewritten_decoders_for_targets(tmp_path: Path, monkeypatch: pytest.Monk
     from hqmq_trt.export.rewrite import rewrite_model
     from tests import rewrite_cases as cases
 
-    cases.export_traced(cases.make_model("qwen2", "eager"), tmp_path / "decoder.onnx")
+    cases.export_traced(make_model("qwen2", "eager"), tmp_path / "decoder.onnx")
     rewrite_model(tmp_path / "decoder.onnx", tmp_path / "out", "hq4@p8", target="tensorrt-10")
     monkeypatch.setitem(targets.OPERATORS, "tensorrt-10", targets.OPERATORS["tensorrt-10"] - {"Softmax", "Sigmoid"})
     with pytest.raises(HqmqError, match=r"node '.*Sigmoid.*': tensorrt-10 does not import the operator Sigmoid"):
