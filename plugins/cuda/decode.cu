@@ -166,6 +166,9 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.splits = cut.splits;
   job.page_shift = 0;
   while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
+  job.page_mask = (1 << job.page_shift) - 1;
+  job.pair_mask = job.page_mask & 1;
+  job.no_mean = attention.key.role.page_mean ? 0 : 1 << 30;
   job.stages = instance.stages(gpu.shared_limit);
   job.items = static_cast<int>(cut.problems * cut.splits);
   const int blocks = static_cast<int>(std::min<int64_t>(MostBlocks(cut), gpu.multiprocessors));

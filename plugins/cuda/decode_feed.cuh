@@ -28,13 +28,23 @@ struct Stage {
 
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
   static __device__ __forceinline__ int Count(const DecodeJob& job, int tile, int end) {
-    if (kTiles == 1 || job.page_shift == 0 || (tile & 1)) return 1;
-    return end - tile < 2 ? 1 : 2;
+    if constexpr (kTiles == 1) return 1;
+    return tile + 1 == end ? 1 : 1 + (job.pair_mask & ~tile);
   }
-  // Whether the stage that begins with `tile` brings the mean; `first`: of the item.
-  static __device__ __forceinline__ bool HasMean(const DecodeJob& job, int tile, int first) {
-    return job.attention.key.role.page_mean &&
-           (tile == first || (tile & ((1 << job.page_shift) - 1)) == 0);
+};
+
+// Which stages bring their page's mean: the first of an item and those that begin a page.
+struct MeanStages {
+  int next;  // first tile of the next one
+
+  __device__ __forceinline__ void Start(const DecodeJob& job, int first) {
+    next = first | job.no_mean;
+  }
+  // Of the stages of an item in order.
+  __device__ __forceinline__ bool Has(const DecodeJob& job, int tile) {
+    const bool has = tile == next;
+    if (has) next = (tile | job.page_mask) + 1;
+    return has;
   }
 };
 
@@ -43,7 +53,7 @@ template <int kRings>
 struct Cursor {
   int item, end_item;
   int tile, end;  // next tile; both 0 after the last item
-  int first;      // of the item
+  MeanStages means;
 
   // Moves on to the next item in which the warp has tiles. held: a problem that is known, and its
   // number.
@@ -55,8 +65,9 @@ struct Cursor {
       const Tiles tiles = TilesOf<kRings>(*problem, item - index * job.splits, warp);
       if (tiles.begin == tiles.end) continue;
       // The shuffles tell the compiler that these are one number for the warp.
-      first = tile = __shfl_sync(kAllLanes, tiles.begin, 0);
+      tile = __shfl_sync(kAllLanes, tiles.begin, 0);
       end = __shfl_sync(kAllLanes, tiles.end, 0);
+      means.Start(job, tile);
       return true;
     }
     tile = end = 0;
@@ -75,11 +86,13 @@ struct Feed {
   using S = Stage<Key, Value, D>;
   Cursor<kRings> cursor;
   uint32_t tile0;  // number of the sequence's first tile
-  uint32_t next;   // stage to fill
+  uint32_t ring;
+  uint32_t next;  // stage to fill
 
   // first: problem number `index`, that of the block's first item.
   __device__ __forceinline__ void Start(const DecodeJob& job, const Problem& first, int index,
-                                        Items items, uint32_t ring, int warp, int lane) {
+                                        Items items, uint32_t at, int warp, int lane) {
+    next = ring = at;
     if constexpr (ptx::kBulkCopies) {
       if (lane == 0 && warp < kRings) {
         for (int i = 0; i < job.stages; ++i)
@@ -88,11 +101,10 @@ struct Feed {
       }
       __syncwarp();
     }
-    next = ring;
     cursor.item = items.begin - 1;
     cursor.end_item = items.end;
     NextItem(job, warp, first, index);
-    for (int i = 0; i + 1 < job.stages; ++i) Fill(job, first, index, ring, warp, lane);
+    for (int i = 0; i + 1 < job.stages; ++i) Fill(job, first, index, warp, lane);
   }
 
   __device__ __forceinline__ void NextItem(const DecodeJob& job, int warp, const Problem& held,
@@ -106,10 +118,10 @@ struct Feed {
   // Enqueues the next stage, if there is one. Nobody in the warp reads it any more. held: as in
   // Cursor.
   __device__ __forceinline__ void Fill(const DecodeJob& job, const Problem& held, int held_index,
-                                       uint32_t ring, int warp, int lane) {
+                                       int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
-      const bool has_mean = S::HasMean(job, cursor.tile, cursor.first);
+      const bool has_mean = cursor.means.Has(job, cursor.tile);
       const uint32_t tile = tile0 + cursor.tile, page = tile >> job.page_shift;
       const RoleCache& k = job.attention.key.cache;
       const RoleCache& v = job.attention.value.cache;

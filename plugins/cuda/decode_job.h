@@ -51,6 +51,9 @@ struct DecodeJob {
   int32_t row_blocks;  // of 8 rows
   int32_t splits;
   int32_t page_shift;  // a page has 2^page_shift tiles
+  int32_t pair_mask;   // tile | pair_mask: last tile that may share a stage of two with it
+  int32_t page_mask;   // tile | page_mask: last tile of its page
+  int32_t no_mean;     // 0; beyond all tiles if K has no page means
   int32_t stages;      // of tiles that each of them keeps in shared memory, at least 2
   int32_t items;       // problems * splits
   // The first `longer_blocks` blocks take one more than `block_items` of them.

@@ -46,19 +46,20 @@ struct DecodeBlock {
     last_seen = p.first_time & ~(a.key.role.page_size - 1);
   }
 
-  // Every row of the operand is the mean, so that each lane gets the scores of its columns.
+  // Every row of the operand is the mean, so that each lane gets the scores of its columns: rows
+  // r from the first and third word of a lane's four, rows r + 8 from the second and fourth.
   __device__ __forceinline__ void ScoreMean(uint32_t mean, int lane) {
     float sum[4][4] = {};  // four chains, as each waits for its own sums
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const uint4 x = ptx::LoadShared128(mean + (lane & 3) * (D / 2) + 16 * i);
       const uint4 q = query.Two(i);
-      ptx::Mma(sum[2 * i % 4], x.x, x.x, x.y, x.y, q.x, q.y);
-      ptx::Mma(sum[(2 * i + 1) % 4], x.z, x.z, x.w, x.w, q.z, q.w);
+      ptx::Mma(sum[2 * i % 4], x.x, x.y, x.z, x.w, q.x, q.y);
+      ptx::Mma(sum[(2 * i + 1) % 4], x.x, x.y, x.z, x.w, q.z, q.w);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      mean_score[i] = ((sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i])) * factor[i];
+      mean_score[i] = ((sum[0][i] + sum[1][2 + i]) + (sum[2][i] + sum[3][2 + i])) * factor[i];
   }
 
   // One tile: token0 its first token, `part` of the stage at `at`.
@@ -99,8 +100,8 @@ struct DecodeBlock {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint4 q = query.Two(2 * group + i);
-        ptx::Mma(sum[0], x[2 * i].x, y[2 * i].x, x[2 * i].y, y[2 * i].y, q.x, q.y);
-        ptx::Mma(sum[1], x[2 * i + 1].x, y[2 * i + 1].x, x[2 * i + 1].y, y[2 * i + 1].y, q.z, q.w);
+        ptx::Mma(sum[0], x[2 * i].x, y[2 * i].x, x[2 * i + 1].x, y[2 * i + 1].x, q.x, q.y);
+        ptx::Mma(sum[1], x[2 * i].y, y[2 * i].y, x[2 * i + 1].y, y[2 * i + 1].y, q.z, q.w);
       }
     }
     float score[4], scale[4];
@@ -232,17 +233,21 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       rows.Clear();
       const Tiles tiles = i < splits ? TilesOf<kRings>(p, split, warp) : Tiles{0, 0};
       using S = Stage<Key, Value, D>;
+      MeanStages means;
+      means.Start(job, tiles.begin);
       for (int tile = tiles.begin;;) {
         if (pending.split >= 0 && 2 * tile >= tiles.begin + tiles.end)
           JoinStates<D, kColumns>(job, p, index, &pending, states, shared, warp, lane);
         if (tile == tiles.end) break;
         feed.Wait(job, stage, parity);
-        feed.Fill(job, p, index, ring, warp, lane);
-        if (S::HasMean(job, tile, tiles.begin)) self.ScoreMean(stage + S::kMean, lane);
+        feed.Fill(job, p, index, warp, lane);
+        if (means.Has(job, tile)) self.ScoreMean(stage + S::kMean, lane);
         const int count = S::Count(job, tile, tiles.end);
+        int part = 0;
 #pragma unroll 1
-        for (int part = 0; part < count; ++part)
+        do {
           self.AddTile(job, p, (tile + part) * kDecodeTile, stage, part, lane, &rows);
+        } while (++part < count);
         tile += count;
         stage += S::kBytes;
         if (stage == ring + job.stages * S::kBytes) {

@@ -14,7 +14,7 @@ constexpr uint32_t kLevelBytes = 256;
 template <int D>
 struct DecodeShared {
   uint4 levels[2][kLevelBytes / 16];         // of K, V, as their codecs want them
-  uint16_t query[2][kDecodeRows][D];         // as they are; rotated
+  uint16_t query[2][kDecodeRows][D];         // as they are; rotated, at PlaceOf
   uint4 lanes[D > 128 ? D / 32 : 1][kWarp];  // of SharedQuery
   uint16_t fresh[2][kMostDecodeTokens][D];   // new tokens of K, V
   float factor[2][kDecodeRows];              // what query was divided by, powers of two
@@ -125,8 +125,12 @@ struct Arena {
   }
 };
 
-// x / 2^e with the largest of a row in [1, 2) as fp16; returns 2^e. A warp; lane i has elements
-// lane + 32 i.
+// Where element i of a rotated query lies: of eight, the second and the third pair change places,
+// so that the first pairs of two chunks are neighbours.
+__device__ __forceinline__ int PlaceOf(int i) { return (i & ~6) | (i & 2) << 1 | (i & 4) >> 1; }
+
+// x / 2^e with the largest of a row in [1, 2) as fp16; returns 2^e. A warp; this lane's elements
+// lie at lane + 32 i.
 template <int D>
 __device__ __forceinline__ float StoreQuery(const float (&x)[D / kWarp], uint16_t* to, int lane) {
   float largest = 0.0f;
@@ -215,7 +219,7 @@ struct NewRows {
       for (int i = 0; i < D / kWarp; ++i) x[i] = Value(a.q, query[i]);
       const float plain = StoreQuery<D>(x, shared->query[0][warp], lane);
       if (a.key.role.hadamard) HadamardByLanes<D>(x, a.key.hadamard_scale, lane);
-      const float rotated = StoreQuery<D>(x, shared->query[1][warp], lane);
+      const float rotated = StoreQuery<D>(x, shared->query[1][warp], PlaceOf(lane));
       if (lane == 0) {
         shared->factor[0][warp] = plain;
         shared->factor[1][warp] = rotated;
@@ -251,7 +255,7 @@ struct QueryLane {
       chunk[2 * i + 1] = make_uint2(x.z, x.w);
     }
   }
-  // Chunks 2i and 2i+1.
+  // Chunks 2i and 2i+1; of rotated ones: the first pairs of both, then the second ones.
   __device__ __forceinline__ uint4 Two(int i) const {
     return make_uint4(chunk[2 * i].x, chunk[2 * i].y, chunk[2 * i + 1].x, chunk[2 * i + 1].y);
   }
