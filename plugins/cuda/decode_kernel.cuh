@@ -23,9 +23,9 @@ struct DecodeBlock {
   // Of the problem.
   static constexpr bool kSharedQuery = D * kColumns > 1024;
   std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
-  float factor[2];            // from sums of products to scores in base 2, by column
-  float mean_score[2];        // scores of the page's mean
-  int first_seen, last_seen;  // keys [first, last) are seen by all rows
+  float factor[2];       // from sums of products to scores in base 2, by column
+  float mean_score[2];   // scores of the page's mean
+  int seen, seen_count;  // first tile whose keys are seen by all rows, and how many there are
 
   __device__ __forceinline__ void LoadProblem(const DecodeJob& job, const Problem& p,
                                               DecodeShared<D>* shared, int warp, int lane) {
@@ -42,8 +42,8 @@ struct DecodeBlock {
       factor[i] = a.scale * 1.44269504f * shared->factor[1][row];
       mean_score[i] = 0.0f;
     }
-    first_seen = OldestKey(p.last_time, a.window);
-    last_seen = p.first_time & ~(a.key.role.page_size - 1);
+    seen = (OldestKey(p.last_time, a.window) + kDecodeTile - 1) / kDecodeTile;
+    seen_count = max((p.first_time & ~(a.key.role.page_size - 1)) / kDecodeTile - seen, 0);
   }
 
   // Every row of the operand is the mean, so that each lane gets the scores of its columns: rows
@@ -62,8 +62,8 @@ struct DecodeBlock {
       mean_score[i] = ((sum[0][i] + sum[1][2 + i]) + (sum[2][i] + sum[3][2 + i])) * factor[i];
   }
 
-  // One tile: token0 its first token, `part` of the stage at `at`.
-  __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int token0,
+  // Tile number `tile`: `part` of the stage at `at`.
+  __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile,
                                           uint32_t at, int part, int lane, Rows* rows) {
     const AttentionJob& a = job.attention;
     const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
@@ -119,20 +119,22 @@ struct DecodeBlock {
 #pragma unroll
       for (int c = 0; c < 4; ++c) score[c] = Capped(score[c], job.cap, job.per_cap);
     }
-    if (token0 < first_seen || token0 + kDecodeTile > last_seen) {
+    float largest = fmaxf(scale[0], scale[2]);
+    if (static_cast<uint32_t>(tile - seen) >= static_cast<uint32_t>(seen_count)) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
         const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
-        const int t = token0 + first_token + 8 * (c / 2);
+        const int t = tile * kDecodeTile + first_token + 8 * (c / 2);
         if (t < OldestKey(time, a.window) || t >= page) {
           score[c] = MinusInfinity();
           scale[c] = 0.0f;
         }
       }
+      largest = fmaxf(fmaxf(scale[0], scale[1]), fmaxf(scale[2], scale[3]));
     }
     uint32_t weight[kColumns / 2][2];
-    rows->Weigh(score, scale, weight);
+    rows->Weigh(score, scale, largest, weight);
     typename Value::Levels value_levels;
     if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
     if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
@@ -246,7 +248,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
         int part = 0;
 #pragma unroll 1
         do {
-          self.AddTile(job, p, (tile + part) * kDecodeTile, stage, part, lane, &rows);
+          self.AddTile(job, p, tile + part, stage, part, lane, &rows);
         } while (++part < count);
         tile += count;
         stage += S::kBytes;

@@ -28,10 +28,9 @@ __device__ __forceinline__ void StoreState(LaneRows<D, kColumns>* rows, float4* 
   }
   if (lane < 4) {
     *reinterpret_cast<float2*>(&shared->maximum[warp][2 * lane]) =
-        make_float2(rows->maximum[0], rows->maximum[1]);
+        make_float2(rows->base[0] + kWeightShift, rows->base[1] + kWeightShift);
     *reinterpret_cast<float2*>(&shared->sum[warp][2 * lane]) =
         make_float2(rows->sum[0], rows->sum[1]);
-    if (lane == 0) shared->unit[warp] = rows->unit;
   }
   constexpr int kTiles = LaneRows<D, kColumns>::kTiles;
 #pragma unroll
@@ -100,9 +99,7 @@ __device__ __forceinline__ void JoinStates(const DecodeJob& job, const Problem& 
   most = make_float2(maximum_of(most.x), maximum_of(most.y));
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float unit = shared->unit[4 * q + i];
-    factor[i] =
-        make_float2(ptx::Exp2(factor[i].x - most.x) * unit, ptx::Exp2(factor[i].y - most.y) * unit);
+    factor[i] = make_float2(ptx::Exp2(factor[i].x - most.x), ptx::Exp2(factor[i].y - most.y));
   }
 #pragma unroll
   for (int j = 0; j < kShare; j += 8) {

@@ -16,10 +16,13 @@ namespace hqmq {
 namespace cuda {
 
 // A warp's maximum follows its scores when one is greater by more than 2^kSlack: rescaling outputs
-// costs more than the bits. Weights exp2(score - maximum) are scaled by 2^kWeightShift, so that the
-// largest is the largest power that fp16 holds and small ones stay normal numbers.
+// costs more than the bits. Weights are exp2(score - base). They are multiplied by V's scales, and
+// the products become fp16: so base is the maximum plus log2 of `unit`, a power of two above the
+// scales, less kWeightShift, so that the largest product is the largest power that fp16 holds and
+// small ones stay normal numbers.
 constexpr float kSlack = 6.0f;
-constexpr float kWeightShift = 15.0f - kSlack;
+constexpr float kMostWeight = 15.0f;  // log2 of it
+constexpr float kWeightShift = kMostWeight - kSlack;
 // A maximum of no scores.
 constexpr float kNoScore = -1e30f;
 
@@ -28,23 +31,23 @@ template <int D, int kColumns>
 struct LaneRows {
   static constexpr int kTiles = D / 32 * (kColumns / 4);  // accumulators [16, 8]
   float out[kTiles][4];
-  float maximum[2], sum[2];
-  float unit;  // scales of V are divided by it, a power of two, at least their maximum
+  float base[2], sum[2];
+  float unit, limit;  // limit: of score - base, kMostWeight - log2 unit
 
   __device__ void Clear() {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
       for (int k = 0; k < 4; ++k) out[i][k] = 0.0f;
-    maximum[0] = maximum[1] = kNoScore;
+    base[0] = base[1] = kNoScore;
     sum[0] = sum[1] = 0.0f;
     unit = 0x1p-24f;  // the least fp16
+    limit = kMostWeight + 24.0f;
   }
 
-  // When a maximum or the unit grows. score: in base 2; scale: of V.
-  __device__ __forceinline__ void Rescale(const float (&score)[4], const float (&scale)[4]) {
+  // When a maximum or the unit grows. score: in base 2; largest: of V's scales.
+  __device__ __forceinline__ void Rescale(const float (&score)[4], float largest) {
     float next[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
-    float largest = fmaxf(fmaxf(scale[0], scale[1]), fmaxf(scale[2], scale[3]));
 #pragma unroll
     for (int offset = 4; offset < kWarp; offset *= 2) {
       next[0] = fmaxf(next[0], __shfl_xor_sync(kAllLanes, next[0], offset));
@@ -52,48 +55,54 @@ struct LaneRows {
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
     }
     // Rows that hide a token see 0 as its scale: lanes of other columns may know more.
+    largest = fminf(largest, 65504.0f);  // an infinite one must not spoil rows that hide it
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-    float units = 1.0f;
+    float raised = 0.0f;   // by how much log2 unit grows
     if (largest > unit) {  // to the power of two above
-      const float above = __uint_as_float((__float_as_uint(largest) & 0x7F800000u) + 0x800000u);
-      units = unit / above;
-      unit = above;
+      unit = __uint_as_float((__float_as_uint(largest) & 0x7F800000u) + 0x800000u);
+      const float exponent =
+          static_cast<float>(static_cast<int>(__float_as_uint(unit) >> 23) - 127);
+      raised = exponent - (kMostWeight - limit);
+      limit = kMostWeight - exponent;
     }
-    float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      next[i] = fmaxf(next[i], maximum[i]);
-      factor[i] = ptx::Exp2(maximum[i] - next[i]);
-      maximum[i] = next[i];
-      sum[i] *= factor[i];
-      factor[i] *= units;
+      const float above = fmaxf(base[i] + raised, next[i] + (kSlack - limit));
+      const float factor = ptx::Exp2(base[i] - above);
+      base[i] = above;
+      sum[i] *= factor;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        out[tile][i] *= factor;
+        out[tile][i + 2] *= factor;
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) out[i][k] *= factor[k & 1];
   }
 
   // Weights of a tile from its scores, times the scales of V, as second operands: weight[i][h] of
   // token 2j + i of the upper (0) and lower (1) eight tokens; kColumns 8: [i + 2] for elements
-  // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity.
+  // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity;
+  // largest: of them.
   __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[4],
-                                        uint32_t (&weight)[kColumns / 2][2]) {
-    const bool grows = fmaxf(score[0], score[2]) > maximum[0] + kSlack ||
-                       fmaxf(score[1], score[3]) > maximum[1] + kSlack ||
-                       fmaxf(scale[0], scale[1]) > unit || fmaxf(scale[2], scale[3]) > unit;
-    if (__any_sync(kAllLanes, grows)) Rescale(score, scale);
-    const float base[2] = {maximum[0] - kWeightShift, maximum[1] - kWeightShift};
-    const float per_unit = __uint_as_float(0x7F000000u - __float_as_uint(unit));  // 1 / unit
-    float p[4];
+                                        float largest, uint32_t (&weight)[kColumns / 2][2]) {
+    float above[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) p[k] = ptx::Exp2(score[k] - base[k & 1]);
+    for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
+    const float most = fmaxf(fmaxf(above[0], above[2]), fmaxf(above[1], above[3]));
+    if (__any_sync(kAllLanes, (most > limit) | (largest > unit))) {
+      Rescale(score, largest);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
+    }
+    float p[4], product[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      p[k] = ptx::Exp2(above[k]);
+      product[k] = p[k] * scale[k];
+    }
     sum[0] += p[0] + p[2];
     sum[1] += p[1] + p[3];
-    float product[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) product[k] = p[k] * (scale[k] * per_unit);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Lane (r, j) gets row r of tokens 2j (lower 16 bits) and 2j+1.

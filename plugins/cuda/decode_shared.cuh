@@ -19,7 +19,6 @@ struct DecodeShared {
   uint16_t fresh[2][kMostDecodeTokens][D];   // new tokens of K, V
   float factor[2][kDecodeRows];              // what query was divided by, powers of two
   float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];  // of StoreState
-  float unit[kDecodeWarps];
   float weight[kDecodeRows][kMostSplits + 1];
   Problem problem;
   uint64_t stored, joined;  // barriers of StoreState and JoinStates
