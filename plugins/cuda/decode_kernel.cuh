@@ -181,8 +181,8 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   Problem next = ProblemOf(job, job.by_splits(items.begin));
   fresh.Load(job, next, warp, lane);
   if (threadIdx.x == 0) {
-    ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeWarps);
-    ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeWarps);
+    ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeThreads);
+    ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeThreads);
   }
   feed.Start(job, next, job.by_splits(items.begin), items, ring, warp, lane);
 
