@@ -146,10 +146,8 @@ __device__ __forceinline__ bool AreLastParts(const DecodeJob& job, const Problem
     bool last = count == p.splits;
     if (!last) {
       ptx::GridWait();  // the counters are set to 0 by the kernel before
-      __threadfence();
-      last = atomicAdd(job.counters + problem, static_cast<uint32_t>(count)) + count ==
+      last = ptx::AddInOrder(job.counters + problem, static_cast<uint32_t>(count)) + count ==
              static_cast<uint32_t>(p.splits);
-      __threadfence();
     }
     shared->flag = last;
   }

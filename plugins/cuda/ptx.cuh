@@ -240,6 +240,17 @@ __device__ __forceinline__ float LoadGlobal32(const float* from) {
   return x;
 }
 
+// Adds and returns the old value. What the thread, and those that it has met at a barrier, wrote
+// before is seen by those who add later and read past L1.
+__device__ __forceinline__ uint32_t AddInOrder(uint32_t* to, uint32_t x) {
+  uint32_t y;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0,[%1],%2;"
+               : "=r"(y)
+               : "l"(to), "r"(x)
+               : "memory");
+  return y;
+}
+
 // Products of pairs of fp16; MultiplyLow, MultiplyHigh: by the lower, upper half of b.
 __device__ __forceinline__ uint32_t Multiply(uint32_t a, uint32_t b) {
   uint32_t y;
