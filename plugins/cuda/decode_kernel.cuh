@@ -171,6 +171,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   // The shuffle tells the compiler that it is one number for the warp.
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
   const Items items = ItemsOf(job, static_cast<int>(blockIdx.x));
+  PrefetchWords(a.key, a.value, job.by_row_blocks(job.by_batch(job.by_splits(items.begin))));
   // Pages that fill in this call are seen by later tokens of the call only.
   if (a.call.tokens > 1) ptx::GridWait();
 

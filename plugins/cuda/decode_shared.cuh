@@ -54,8 +54,11 @@ __device__ __forceinline__ bool FillTables(const AttentionJob& a, int h,
     Key::UseCopies(0, turned, lane, key);
     Value::UseCopies(1, turned, lane, value);
   } else {
-    FillRole<Key>(a.key, h, tables[0]);
-    FillRole<Value>(a.value, h, tables[1] + Value::kRoleBytes);
+    float4 of_key[Filling<Key>::kRounds], of_value[Filling<Value>::kRounds];
+    LoadRole<Key>(a.key, h, of_key);
+    LoadRole<Value>(a.value, h, of_value);
+    StoreRole<Key>(a.key, of_key, tables[0]);
+    StoreRole<Value>(a.value, of_value, tables[1] + Value::kRoleBytes);
   }
   if (threadIdx.x == 0) {
     shared->turn = turn;

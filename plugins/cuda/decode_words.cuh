@@ -147,18 +147,38 @@ struct Filling {
   }
 };
 
-// Fills one role's table with the words of head h. All threads.
+// Fills one role's table with the words of head h. All threads. Loading and storing are apart, so
+// that loads of both roles are under way together.
 template <class Codec>
-__device__ __forceinline__ void FillRole(const RoleView& view, int h, uint32_t table) {
+__device__ __forceinline__ void LoadRole(const RoleView& view, int h,
+                                         float4 (&q)[Filling<Codec>::kRounds]) {
   using F = Filling<Codec>;
-  float4 q[F::kRounds];
 #pragma unroll
   for (int i = 0; i < F::kRounds; ++i) q[i] = Secondary(view, h, RowOf(view, F::Row(i)).secondary);
+}
+template <class Codec>
+__device__ __forceinline__ void StoreRole(const RoleView& view,
+                                          const float4 (&q)[Filling<Codec>::kRounds],
+                                          uint32_t table) {
+  using F = Filling<Codec>;
 #pragma unroll
   for (int i = 0; i < F::kRounds; ++i) {
     uint2 words[4];
     RowWords(RowOf(view, F::Row(i)), q[i], words);
     F::template Store<8 * Codec::kCopies>(table, F::Row(i), words);
+  }
+}
+
+// Brings near what filling the tables for head h will load. All threads.
+__device__ __forceinline__ void PrefetchWords(const RoleView& key, const RoleView& value, int h) {
+  constexpr int kLine = 128, kHalf = kDecodeThreads / 2;
+  const RoleView& view = threadIdx.x < kHalf ? key : value;
+  const int line = threadIdx.x % kHalf, secondary = line * (kLine / 16);
+  if (secondary < view.role.secondaries) {
+    ptx::Prefetch(view.secondaries +
+                  (static_cast<int64_t>(h) * view.role.secondaries + secondary) * 4);
+  } else if (line == kHalf - 1) {
+    ptx::Prefetch(view.levels);
   }
 }
 
