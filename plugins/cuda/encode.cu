@@ -10,7 +10,8 @@ namespace cuda {
 namespace {
 
 constexpr int kMostFastPage = 256;
-constexpr int kBlocksAnSm = 2;
+// Warps to hide latencies by, as registers allow.
+constexpr int BlocksAnSm(int head_dim) { return head_dim > 128 ? 2 : 3; }
 
 __device__ __forceinline__ bool Fills(const EncodeJob& job, int page_size, int b) {
   if (b >= job.append.call.batch) return false;
@@ -66,8 +67,8 @@ __device__ __forceinline__ bool FillingPiece(const EncodeJob& job, int item, Pie
   }
 }
 
-template <int D>
-__global__ void __launch_bounds__(kEncodeThreads, kBlocksAnSm)
+template <int D, bool kFilter, class Shown>
+__global__ void __launch_bounds__(kEncodeThreads, BlocksAnSm(D))
     EncodeKernel(const __grid_constant__ EncodeJob job) {
   extern __shared__ float4 dynamic[];
   ptx::GridTrigger();
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kEncodeThreads, kBlocksAnSm)
 #pragma unroll 1
   for (int item = blockIdx.x; one ? FillingPiece(job, item, &piece) : AnyPiece(job, &piece);
        item += gridDim.x) {
-    EncodePiece<D>(job, piece, reinterpret_cast<char*>(dynamic));
+    EncodePiece<D, kFilter, Shown>(job, piece, reinterpret_cast<char*>(dynamic));
     if (!one) return;
     __syncthreads();
   }
@@ -95,10 +96,26 @@ int FewestShared(const RoleParams& role) {
   return SharedOf(role, Slots(role) / FewestPieces(role)).bytes;
 }
 
+using Hq3 = PresetCode<8, 3>;
+using Hq4 = PresetCode<11, 4>;
+
+template <class Shown>
+bool AllFit(const EncodeJob& job) {
+  bool fit = true;
+  for (int i = job.role; i < job.role + job.roles; ++i)
+    fit = fit && Shown::Fits(job.append.view[i]);
+  return fit;
+}
+
 template <int D>
-Status Run(const EncodeJob& job, int64_t blocks, int shared, cudaStream_t stream) {
-  return Launch(EncodeKernel<D>, dim3(static_cast<unsigned>(blocks)), kEncodeThreads, shared,
-                stream, job);
+Status Run(const EncodeJob& job, bool filter, int64_t blocks, int shared, cudaStream_t stream) {
+  void (*kernel)(EncodeJob) =
+      filter ? EncodeKernel<D, true, AnyCode> : EncodeKernel<D, false, AnyCode>;
+  if constexpr (D == 128) {
+    if (filter && AllFit<Hq4>(job)) kernel = EncodeKernel<D, true, Hq4>;
+    if (!filter && AllFit<Hq3>(job)) kernel = EncodeKernel<D, false, Hq3>;
+  }
+  return Launch(kernel, dim3(static_cast<unsigned>(blocks)), kEncodeThreads, shared, stream, job);
 }
 
 }  // namespace
@@ -116,7 +133,8 @@ Status EncodeFast(const EncodeJob& whole, const Gpu& gpu, cudaStream_t stream) {
   const RoleParams& role = job.append.view[job.role].role;
   const Call& call = job.append.call;
   const int64_t pages = static_cast<int64_t>(call.batch) * call.heads * job.roles * job.most;
-  const int64_t wanted = static_cast<int64_t>(kBlocksAnSm) * gpu.multiprocessors;
+  const bool filter = Filtered(role);
+  const int64_t wanted = static_cast<int64_t>(BlocksAnSm(role.head_dim)) * gpu.multiprocessors;
   job.fewest = FewestPieces(role);
   job.pieces = GroupRows(role);
   if (call.tokens > 1) {
@@ -127,9 +145,9 @@ Status EncodeFast(const EncodeJob& whole, const Gpu& gpu, cudaStream_t stream) {
     shared = std::max(shared, FewestShared(job.append.view[i].role));
   const int64_t items = pages * job.pieces;
   const int64_t blocks = call.tokens > 1 ? items : std::min(items, wanted);
-  if (role.head_dim == 64) return Run<64>(job, blocks, shared, stream);
-  if (role.head_dim == 128) return Run<128>(job, blocks, shared, stream);
-  return Run<256>(job, blocks, shared, stream);
+  if (role.head_dim == 64) return Run<64>(job, filter, blocks, shared, stream);
+  if (role.head_dim == 128) return Run<128>(job, filter, blocks, shared, stream);
+  return Run<256>(job, filter, blocks, shared, stream);
 }
 
 }  // namespace cuda

@@ -11,6 +11,7 @@ struct EncodeJob {
   AppendJob append;
   int32_t role, roles;     // the launch codes roles role … role + roles - 1
   bool vector[2];          // HasVectors of each role
+  bool fast[2];            // EncodeFast codes the role, and counts what is not finite in its pages
   int32_t most;            // pages of a sequence that this call can fill
   int32_t fewest, pieces;  // EncodeFast: blocks that share a page, at least and at most
 };
@@ -21,6 +22,10 @@ constexpr int kEncodeThreads = 256;
 
 // From how many secondaries on the fast kernel asks the tensor cores which ones can win.
 constexpr int kFilterSecondaries = 48;
+
+__host__ __device__ inline bool Filtered(const RoleParams& role) {
+  return role.secondaries >= kFilterSecondaries;
+}
 
 // Chunks of a page that a thread of the fast kernel may keep.
 constexpr int kMostSlots = 16;

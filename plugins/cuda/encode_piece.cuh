@@ -2,6 +2,8 @@
 // and packed.
 #pragma once
 
+#include <type_traits>
+
 #include "encode_rows.cuh"
 #include "encode_search.cuh"
 
@@ -12,10 +14,6 @@ namespace cuda {
 struct EncodeShared {
   int filter, stage, middles, mean, sums, rows, bytes;
 };
-
-__host__ __device__ inline bool Filtered(const RoleParams& role) {
-  return role.secondaries >= kFilterSecondaries;
-}
 
 // Rows of a page of which one group of lanes takes every one.
 __host__ __device__ inline int GroupRows(const RoleParams& role) {
@@ -50,8 +48,34 @@ struct Piece {
   int role, b, h, part, first, shift;
 };
 
+// What the compiler is told of codes: nothing, or those of a preset, for less code in the loop.
+struct AnyCode {
+  __host__ __device__ static bool Fits(const RoleView&) { return true; }
+  __device__ static const RoleParams& Role(const RoleParams& role) { return role; }
+  __device__ static const Layout& Codes(const Layout& layout) { return layout; }
+};
+
+template <int kIndexBits, int kRadiusBits>
+struct PresetCode {
+  __host__ __device__ static bool Fits(const RoleView& view) {
+    return view.role.gain == Gain::kRms && view.layout.index_bits == kIndexBits &&
+           view.role.radius_bits == kRadiusBits;
+  }
+  __device__ static RoleParams Role(RoleParams role) {
+    role.gain = Gain::kRms;
+    role.radius_bits = kRadiusBits;
+    return role;
+  }
+  __device__ static Layout Codes(Layout layout) {
+    layout.index_bits = kIndexBits;
+    layout.radius_bits = kRadiusBits;
+    layout.code_bits = kIndexBits + kRadiusBits + 1;
+    return layout;
+  }
+};
+
 // One row (head_dim 64: two) of each warp after another, `kSlots` chunks of a lane at a time.
-template <int D>
+template <int D, class Shown>
 struct PieceRows {
   using Shape = RowShape<D>;
   const RoleView& view;
@@ -71,7 +95,8 @@ struct PieceRows {
   template <int kSlots, bool kFilter>
   __device__ __forceinline__ void Encode(int slot) const {
     constexpr int kRows = kSlots / Shape::kPer;
-    const RoleParams& role = view.role;
+    const RoleParams role = Shown::Role(view.role);
+    const Layout layout = Shown::Codes(view.layout);
     const int lane = threadIdx.x % kWarp, chunk = threadIdx.x % Shape::kLanes;
     float x[kSlots][4], norm2[kSlots], scale[kRows];
 #pragma unroll
@@ -117,12 +142,44 @@ struct PieceRows {
       const float4 q = tables.secondaries[best[i].which];
       const Nearest<float> near =
           WordOf(x[i], q.x, q.y, q.z, q.w, static_cast<float>(best[i].which), best[i].score);
-      const float code = CodeOf(role, view.layout, near, norm2[i], scale[i / Shape::kPer], middles);
-      StoreCode<D>(view.layout, chunk + i % Shape::kPer * kWarp, static_cast<uint32_t>(code),
+      const float code = CodeOf(role, layout, near, norm2[i], scale[i / Shape::kPer], middles);
+      StoreCode<D>(layout.code_bits, chunk + i % Shape::kPer * kWarp, static_cast<uint32_t>(code),
                    codes + Row((slot + i) / Shape::kPer) * view.layout.words);
     }
   }
 };
+
+// Counts the rows of a batch that are new and not finite. A rotated row is so in all of its lanes,
+// and 0 times what is not finite is NaN.
+template <int D, class IsNew>
+__device__ __forceinline__ void CountNotFinite(
+    bool rotated, const float (&x)[RowShape<D>::kBatch][RowShape<D>::kPer][4], IsNew is_new,
+    hqmq_cuda_status* status) {
+  using Shape = RowShape<D>;
+  const auto probe = [&](int k, float sum, int count) {
+#pragma unroll
+    for (int j = 0; j < Shape::kPer; ++j) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) sum = Fma(x[k][j][i], 0.0f, sum);
+    }
+    return sum;
+  };
+  float all = 0.0f;
+#pragma unroll
+  for (int k = 0; k < Shape::kBatch; ++k) all = Fma(x[k][0][0], 0.0f, all);
+  if (!rotated) {
+#pragma unroll
+    for (int k = 0; k < Shape::kBatch; ++k) all = probe(k, all, 4);
+  }
+  if (!__any_sync(kAllLanes, !(all == 0.0f))) return;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t mine = Shape::kLanes == kWarp ? kAllLanes : 0xFFFFu << (lane & 16);
+#pragma unroll
+  for (int k = 0; k < Shape::kBatch; ++k) {
+    const bool bad = __ballot_sync(kAllLanes, !(probe(k, 0.0f, 4) == 0.0f)) & mine;
+    if (bad && lane % Shape::kLanes == 0 && is_new(k)) atomicAdd(&status->not_finite, 1);
+  }
+}
 
 // Fills the tables of a role and head; whether the filter may be used for them.
 __device__ __forceinline__ bool FillTables(const RoleView& view, int h, const EncodeShared& at,
@@ -164,7 +221,7 @@ __device__ __forceinline__ void FinishMean(const RoleView& view, float* sums, in
   __syncthreads();
 }
 
-template <int D>
+template <int D, bool kFilter, class Shown>
 __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& piece,
                                             char* shared) {
   using Shape = RowShape<D>;
@@ -193,37 +250,71 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
     const int i = Shape::kBatch * batch + k;
     return i < own ? piece.first + (i << piece.shift) : -1;
   };
+  const bool counts = job.append.status && call.tokens > 1 && (!role.page_mean || piece.first == 0);
+  const auto is_new = [&](int row) {
+    return row >= 0 && at * p + group + Shape::kGroups * row >= span.past;
+  };
   bool usable = true;
 #pragma unroll 1
   for (int batch = 0; batch < count; ++batch) {
     uint2 raw[Shape::kBatch][Shape::kPer];
+    const auto load = [&](auto wide) {
+#pragma unroll
+      for (int k = 0; k < Shape::kBatch; ++k) {
+        const int row = row_of(batch, k);
+#pragma unroll
+        for (int j = 0; j < Shape::kPer; ++j) {
+          raw[k][j] = make_uint2(0, 0);
+          if (row >= 0) {
+            raw[k][j] = from.template Load<decltype(wide)::value>(group + Shape::kGroups * row,
+                                                                  4 * (chunk + j * kWarp));
+          }
+        }
+      }
+    };
+    if (view.x.dtype == HQMQ_FLOAT32) {
+      load(std::true_type());
+    } else {
+      load(std::false_type());
+    }
+    if (batch == 0) usable = FillTables(view, piece.h, places, shared);
+    if (view.x.dtype == HQMQ_BFLOAT16) {
+#pragma unroll
+      for (int k = 0; k < Shape::kBatch; ++k) {
+#pragma unroll
+        for (int j = 0; j < Shape::kPer; ++j)
+          raw[k][j] = from.Converted(group + Shape::kGroups * row_of(batch, k), raw[k][j]);
+      }
+    }
+    float x[Shape::kBatch][Shape::kPer][4];
+#pragma unroll
+    for (int k = 0; k < Shape::kBatch; ++k) {
+#pragma unroll
+      for (int j = 0; j < Shape::kPer; ++j) Unpack(raw[k][j], x[k][j]);
+    }
+    if (role.hadamard) {
+#pragma unroll
+      for (int k = 0; k < Shape::kBatch; ++k) RotateRow<D>(x[k], view.hadamard_scale, threadIdx.x);
+    }
 #pragma unroll
     for (int k = 0; k < Shape::kBatch; ++k) {
       const int row = row_of(batch, k);
 #pragma unroll
       for (int j = 0; j < Shape::kPer; ++j) {
-        raw[k][j] = make_uint2(0x80008000u, 0x80008000u);  // -0 leaves any sum as it is
-        if (row >= 0) raw[k][j] = from.Load(group + Shape::kGroups * row, 4 * (chunk + j * kWarp));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[k][j][i] = row < 0 ? -0.0f : x[k][j][i];  // kept out of sums
       }
-    }
-    if (batch == 0) usable = FillTables(view, piece.h, places, shared);
-    float x[Shape::kBatch][Shape::kPer][4];
-#pragma unroll
-    for (int k = 0; k < Shape::kBatch; ++k) {
-      const int row = row_of(batch, k);
-#pragma unroll
-      for (int j = 0; j < Shape::kPer; ++j)
-        Unpack(from.Converted(group + Shape::kGroups * row, raw[k][j]), x[k][j]);
-      if (row < 0) continue;
-      if (role.hadamard) RotateRow<D>(x[k], view.hadamard_scale, threadIdx.x);
       const int i = row >> piece.shift;
-      if (row != piece.first + (i << piece.shift)) continue;
+      if (row < 0 || row != piece.first + (i << piece.shift)) continue;
 #pragma unroll
       for (int j = 0; j < Shape::kPer; ++j) {
         rows[(i * Shape::kPer + j) * kEncodeThreads + threadIdx.x] =
             make_float4(x[k][j][0], x[k][j][1], x[k][j][2], x[k][j][3]);
       }
     }
+    if (counts)
+      CountNotFinite<D>(
+          role.hadamard, x, [&](int k) { return is_new(row_of(batch, k)); }, job.append.status);
     if (!role.page_mean) continue;
 #pragma unroll
     for (int half = Shape::kBatch / 2; half > 0; half /= 2) {
@@ -245,7 +336,8 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
   }
   usable = !__syncthreads_or(!usable);
 
-  PieceRows<D> encoder = {view, {}, reinterpret_cast<const float*>(shared + places.middles), rows};
+  PieceRows<D, Shown> encoder = {
+      view, {}, reinterpret_cast<const float*>(shared + places.middles), rows};
   encoder.tables = {reinterpret_cast<const float4*>(shared),
                     ptx::SharedAddress(shared + places.filter),
                     ptx::SharedAddress(shared + places.stage) + threadIdx.x / kWarp * 512,
@@ -266,15 +358,11 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
   }
   const int slots = own * Shape::kPer;
   int slot = 0;
-  if (Filtered(role)) {
+  constexpr int kSlots = kFilter ? Shape::kPer : 2;
 #pragma unroll 1
-    for (; slot < slots; slot += Shape::kPer) encoder.template Encode<Shape::kPer, true>(slot);
-    return;
-  }
-#pragma unroll 1
-  for (; slot + 2 <= slots; slot += 2) encoder.template Encode<2, false>(slot);
-  if constexpr (Shape::kPer == 1) {
-    if (slot < slots) encoder.template Encode<1, false>(slot);
+  for (; slot + kSlots <= slots; slot += kSlots) encoder.template Encode<kSlots, kFilter>(slot);
+  if constexpr (kSlots > Shape::kPer) {
+    if (slot < slots) encoder.template Encode<Shape::kPer, kFilter>(slot);
   }
 }
 

@@ -25,20 +25,21 @@ struct PageRows {
   int64_t start;         // of the lane's new tokens in x
   int first, past;       // tokens: the page's first one, those held before the call
 
-  __device__ uint2 Load(int row, int element) const {
+  // kWide: x is float32.
+  template <bool kWide>
+  __device__ __forceinline__ uint2 Load(int row, int element) const {
     const int t = first + row;
-    const uint16_t* from = tail + (t & (view.role.page_size - 1)) * view.role.head_dim + element;
-    if (t >= past) {
-      const int64_t at = start + (t - past) * view.x.token + element;
-      if (view.x.dtype == HQMQ_FLOAT32) return LoadHalves(view.x, at, true);
-      from = static_cast<const uint16_t*>(view.x.data) + at;
-    }
-    return *reinterpret_cast<const uint2*>(from);
+    const bool fresh = t >= past;
+    const int64_t at = start + (t - past) * view.x.token + element;
+    if (kWide && fresh) return LoadHalves(view.x, at, true);
+    const uint16_t* base = fresh ? static_cast<const uint16_t*>(view.x.data) : tail;
+    const int held = (t & (view.role.page_size - 1)) * view.role.head_dim + element;
+    return *reinterpret_cast<const uint2*>(base + (fresh ? at : held));
   }
 
-  __device__ uint2 Converted(int row, uint2 loaded) const {
-    const bool bf16 = view.x.dtype == HQMQ_BFLOAT16 && first + row >= past;
-    return bf16 ? HalvesFromBf16(loaded) : loaded;
+  // Of rows of a call in bf16.
+  __device__ __forceinline__ uint2 Converted(int row, uint2 loaded) const {
+    return first + row >= past ? HalvesFromBf16(loaded) : loaded;
   }
 };
 
@@ -107,12 +108,11 @@ __device__ __forceinline__ uint16_t RowScale(const RoleParams& role,
 // Packs the codes of chunk `chunk` of each lane into the words of its row: the planes of
 // codec/layout.h, which begin with a word in rows of 16 chunks and more.
 template <int D>
-__device__ __forceinline__ void StoreCode(const Layout& layout, int chunk, uint32_t code,
-                                          int32_t* words) {
+__device__ __forceinline__ void StoreCode(int code_bits, int chunk, uint32_t code, int32_t* words) {
 #pragma unroll
   for (int width = 16; width > 0; width /= 2) {
-    if (!(layout.code_bits & width)) continue;
-    const int shift = layout.code_bits & -2 * width, bit = chunk * width;
+    if (!(code_bits & width)) continue;
+    const int shift = code_bits & -2 * width, bit = chunk * width;
     uint32_t word = (code >> shift & ((1u << width) - 1)) << (bit & 31);
 #pragma unroll
     for (int offset = 1; offset < RowShape<D>::kLanes && offset * width < 32; offset *= 2)

@@ -45,10 +45,10 @@ __device__ __forceinline__ bool AnyNotFinite(uint32_t pair) {
   return (pair & 0x7C00u) == 0x7C00u || (pair & 0x7C000000u) == 0x7C000000u;
 }
 
-// One new token of one head by one warp: its row of the tail, and what the status counts. Loads
-// before it needs the lengths.
+// One new token of one head by one warp: its row of the tail, and what the status counts; `first`:
+// of the call and head. Loads before it needs the lengths.
 __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int b, int h, int i,
-                                          int warp_lane) {
+                                          bool first, int warp_lane) {
   const AppendJob& job = whole.append;
   const RoleView& view = job.view[role];
   const bool vector = whole.vector[role];
@@ -57,7 +57,7 @@ __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int 
   uint2 halves = make_uint2(0, 0);
   if (4 * warp_lane < d) halves = LoadHalves(view.x, from + 4 * warp_lane, vector);
   const Span span = SpanOf(job.call, p, b);
-  if (job.status && i == 0 && h == 0 && role == 0 && span.lost && warp_lane == 0)
+  if (job.status && first && h == 0 && role == 0 && span.lost && warp_lane == 0)
     atomicAdd(&job.status->no_page, span.lost);
   const int t = span.past + i;
   const bool kept = t < span.end && t >= span.end - p;
@@ -78,7 +78,8 @@ __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int 
       to[k + 3] = static_cast<uint16_t>(halves.y >> 16);
     }
   }
-  if (job.status && __ballot_sync(kAllLanes, bad) && warp_lane == 0)
+  const bool counted = whole.fast[role] && job.call.tokens > 1 && t < span.end / p * p;
+  if (job.status && !counted && __ballot_sync(kAllLanes, bad) && warp_lane == 0)
     atomicAdd(&job.status->not_finite, 1);
 }
 
@@ -98,7 +99,7 @@ __device__ __forceinline__ void StartAppend(const EncodeJob& job, int64_t block,
     const int role = job.role + (row >= lanes);
     const int64_t lane = row >= lanes ? row - lanes : row;
     WriteTail(job, role, static_cast<int>(lane / call.heads), static_cast<int>(lane % call.heads),
-              0, threadIdx.x % kWarp);
+              0, true, threadIdx.x % kWarp);
   }
 }
 
