@@ -10,8 +10,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 
-// fp16 without infinity: a decoded value may pass what the coded one was below. NaN stays.
+// A finite value as a finite fp16: a decoded value may pass what the coded one was below. NaN, and
+// infinity that storage fp16 holds, stay.
 __device__ __forceinline__ uint16_t FiniteHalf(float x) {
+  if (fabsf(x) == -MinusInfinity()) return HalfFromFloat(x);
   return HalfFromFloat(x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x);
 }
 
