@@ -13,7 +13,7 @@ constexpr int kWarps = kThreads / kWarp;
 // A finite value as a finite fp16: a decoded value may pass what the coded one was below. NaN, and
 // infinity that storage fp16 holds, stay.
 __device__ __forceinline__ uint16_t FiniteHalf(float x) {
-  if (fabsf(x) == -MinusInfinity()) return HalfFromFloat(x);
+  if (isinf(x)) return HalfFromFloat(x);
   return HalfFromFloat(x > kHalfMax ? kHalfMax : x < -kHalfMax ? -kHalfMax : x);
 }
 
