@@ -29,6 +29,8 @@ def attach(model: ir.Model) -> None:
         key = (node.domain, node.op_type, node.overload)
         if key not in model.functions:
             model.functions[key] = _function(node, codec)
+            # Opsets 24 and 25 add types to these operators and change nothing else; a function has its model's.
+            model.functions[key].opset_imports[""] = model.opset_imports[""]
 
 
 def _function(node: ir.Node, codec: Codec) -> ir.Function:
