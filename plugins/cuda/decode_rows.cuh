@@ -54,8 +54,10 @@ struct LaneRows {
       next[1] = fmaxf(next[1], __shfl_xor_sync(kAllLanes, next[1], offset));
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
     }
+    // An infinite one must not spoil rows that hide it. (NaN stays: it is no number above any
+    // unit.)
+    largest = largest > 65504.0f ? 65504.0f : largest;
     // Rows that hide a token see 0 as its scale: lanes of other columns may know more.
-    largest = fminf(largest, 65504.0f);  // an infinite one must not spoil rows that hide it
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
     float raised = 0.0f;   // by how much log2 unit grows
