@@ -27,10 +27,10 @@ from rich.table import Table
 from hqmq_trt import native
 from hqmq_trt.codebooks import F64, HALF_PRIMARIES, haar, multiply
 from hqmq_trt.errors import HqmqError
+from hqmq_trt.scheme import OPTIMISED_RADIUS_BITS as RADIUS_BITS
 from hqmq_trt.scheme import OPTIMISED_SECONDARIES, PRESETS, Gain
 
 DATA = Path(__file__).parent / "data" / "codebooks.npz"
-RADIUS_BITS = (2, 3, 4, 5, 6)
 STARTS = {21: 8, 42: 4, 85: 3, 170: 3, 341: 2, 682: 2}
 ITERATIONS = 90
 _AVERAGING = 12  # of them, at the end, without over-relaxation and with more directions

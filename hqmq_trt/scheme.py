@@ -3,6 +3,8 @@
 A scheme is written as
 
 * ``hq3``, ``hq3.5``, ``hq4``, ``hq5``: our presets (see :data:`PRESETS`),
+* ``hq:s{S}_r{r}[-hadamard][-mean][+med3]``: the parts of a preset in other measures, for finding better ones; S one of
+  :data:`OPTIMISED_SECONDARIES`, r in 2…6,
 * ``paper:s{S}_r{r}[+med3]``: arXiv 2605.27646 to the letter, S in 1…1024, r in 1…8,
 * ``fp16``: the same plumbing with nothing compressed,
 * ``k=<scheme>,v=<scheme>``: K and V differ,
@@ -144,7 +146,11 @@ PRESETS: dict[str, tuple[RoleScheme, RoleScheme]] = {
 OPTIMISED_SECONDARIES = (21, 42, 85, 170, 341, 682)
 """S for which data/codebooks.npz holds optimised secondaries: floor(2^k / 24) fills whole bits."""
 
+OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
+"""r for which data/codebooks.npz holds Lloyd-Max levels, for each of OPTIMISED_SECONDARIES."""
+
 _PAPER = re.compile(r"paper:s(\d+)_r(\d+)(\+med3)?")
+_OURS = re.compile(r"hq:s(\d+)_r(\d+)(-hadamard)?(-mean)?(\+med3)?")
 _ROLES = re.compile(r"k=([^,]+),v=([^,]+)")
 _PAGE = re.compile(r"(.*)@p(\d+)")
 
@@ -206,6 +212,8 @@ class Scheme:
 def _pair(name: str, text: str) -> tuple[RoleScheme, RoleScheme]:
     if name in PRESETS:
         return PRESETS[name]
+    if match := _OURS.fullmatch(name):
+        return _ours(name, int(match[1]), int(match[2]), *(part is not None for part in match.groups()[2:]))
     if match := _PAPER.fullmatch(name):
         secondaries, radius_bits = int(match[1]), int(match[2])
         canonical = f"paper:s{secondaries}_r{radius_bits}{match[3] or ''}"
@@ -218,5 +226,19 @@ def _pair(name: str, text: str) -> tuple[RoleScheme, RoleScheme]:
         return role, role
     raise HqmqError(
         f"unknown scheme '{text}': use one of {', '.join(PRESETS)}, paper:s{{S}}_r{{r}}[+med3], "
-        "or k=<scheme>,v=<scheme>, each with an optional @p{page}"
+        "hq:s{S}_r{r}[-hadamard][-mean][+med3], or k=<scheme>,v=<scheme>, each with an optional @p{page}"
     )
+
+
+def _ours(
+    name: str, secondaries: int, radius_bits: int, no_hadamard: bool, no_mean: bool, med3: bool
+) -> tuple[RoleScheme, RoleScheme]:
+    if secondaries not in OPTIMISED_SECONDARIES or radius_bits not in OPTIMISED_RADIUS_BITS:
+        raise HqmqError(
+            f"scheme '{name}': optimised codebooks exist for S in {", ".join(map(str, OPTIMISED_SECONDARIES))} and r in "
+            f"{OPTIMISED_RADIUS_BITS[0]}…{OPTIMISED_RADIUS_BITS[-1]}; paper:s{{S}}_r{{r}} takes any"
+        )
+    key, value = _hq(f"hq:s{secondaries}_r{radius_bits}", secondaries, radius_bits)
+    canonical = key.name + "-hadamard" * no_hadamard + "-mean" * no_mean + "+med3" * med3
+    changed = {"name": canonical, "hadamard": not no_hadamard, "outlier_fraction": DEFAULT_OUTLIER_FRACTION * med3}
+    return replace(key, page_mean=not no_mean, **changed), replace(value, **changed)
