@@ -234,9 +234,10 @@ def _ours(
     name: str, secondaries: int, radius_bits: int, no_hadamard: bool, no_mean: bool, med3: bool
 ) -> tuple[RoleScheme, RoleScheme]:
     if secondaries not in OPTIMISED_SECONDARIES or radius_bits not in OPTIMISED_RADIUS_BITS:
+        known = ", ".join(map(str, OPTIMISED_SECONDARIES))
         raise HqmqError(
-            f"scheme '{name}': optimised codebooks exist for S in {", ".join(map(str, OPTIMISED_SECONDARIES))} and r in "
-            f"{OPTIMISED_RADIUS_BITS[0]}…{OPTIMISED_RADIUS_BITS[-1]}; paper:s{{S}}_r{{r}} takes any"
+            f"scheme '{name}': optimised codebooks exist for S in {known} and r in {OPTIMISED_RADIUS_BITS[0]}…"
+            f"{OPTIMISED_RADIUS_BITS[-1]}; paper:s{{S}}_r{{r}} takes any"
         )
     key, value = _hq(f"hq:s{secondaries}_r{radius_bits}", secondaries, radius_bits)
     canonical = key.name + "-hadamard" * no_hadamard + "-mean" * no_mean + "+med3" * med3
