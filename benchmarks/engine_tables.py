@@ -107,7 +107,19 @@ def comparison(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 def table(rows: list[Row], title: str) -> Table:
     """All points; skipped ones with their reason."""
     shown = Table(title=title, title_justify="left")
-    columns = ("batch", "context", "case", "ms", "fill ms", "tokens/s", "32 layers", "host us", "least", "wall")
+    columns = (
+        "batch",
+        "context",
+        "case",
+        "ms",
+        "fill ms",
+        "tokens/s",
+        "32 layers",
+        "host us",
+        "launch",
+        "least",
+        "wall",
+    )
     for name in (*columns, "x fp16", "x PyTorch", "n"):
         shown.add_column(name, justify="left" if name == "case" else "right")
     previous: tuple[int, int] | None = None
@@ -122,7 +134,7 @@ def table(rows: list[Row], title: str) -> Table:
             shown.add_row(*start, f"[skipped: {row['skipped'][:60]}]".replace("[", "(").replace("]", ")"))
             continue
         fields = {"ms": ".3f", "fill_ms": ".3f", "tokens_per_s": ",.0f", "ms_32_layers": ".2f"}
-        fields |= {"host_us": ".0f", "host_least_us": ".0f", "host_wall_us": ".0f"}
+        fields |= {"host_us": ".0f", "launch_us": ".0f", "host_least_us": ".0f", "host_wall_us": ".0f"}
         fields |= {"over_fp16": ".2f", "over_torch": ".2f"}
         cells = ["" if row.get(key) is None else format(row[key], style) for key, style in fields.items()]
         shown.add_row(*start, *cells, str(row["repeats"]))
@@ -156,7 +168,8 @@ def plot(rows: list[Row], batches: list[int], title: str, path: Path) -> None:
 NOTE = (
     "fp16: the engine with scheme fp16, that is HqmqAttention with an unpacked fp16 cache, for the plain kernels. "
     f"{TORCH}: static cache, cuDNN attention, one CUDA graph. host us: CPU time of the thread from the call to the "
-    "return of the launch and from the end of the wait to the return of the call, median; least: of the quickest step; "
+    "return of the launch and from the end of the wait to the return of the call, median; launch: the part of it "
+    "inside the driver's launch of the graph; least: of the quickest step; "
     "wall: the median by the clock, with what else the core did."
 )
 

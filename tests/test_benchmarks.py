@@ -94,9 +94,17 @@ def test_points_are_compared_with_the_faster_fp16_and_the_best_comes_first() -> 
 
 
 class Waiting:
-    """A session of which a step waits for a GPU `waits` times, 20 ms each, and works 5 ms before and 3 ms after."""
+    """A session of which a step waits for a GPU `waits` times, 20 ms each, and works 5 ms before, 2 of them to launch
+    a graph, and 3 ms after."""
+
+    class Graph:
+        def launch(self) -> None:
+            spin(0.002)
 
     class Executor:
+        def __init__(self) -> None:
+            self._graphs = {(1, True): Waiting.Graph()}
+
         def _wait(self) -> None:
             time.sleep(0.02)
 
@@ -104,7 +112,8 @@ class Waiting:
         self._gpu, self.waits = self.Executor(), waits
 
     def decode(self) -> None:
-        spin(0.005)
+        spin(0.003)
+        self._gpu._graphs[1, True].launch()
         for _ in range(self.waits):
             self._gpu._wait()
         spin(0.003)
@@ -125,7 +134,9 @@ def test_the_hosts_part_of_a_step_leaves_out_its_wait() -> None:
     times = found.host_us()
     assert 8e3 < times["host_least_us"] <= times["host_us"] < 12e3
     assert min(host.submit_cpu for host in found.host) == pytest.approx(5e-3, rel=0.2)
+    assert times["launch_us"] == pytest.approx(2e3, rel=0.2)
     assert "_wait" not in vars(session._gpu), "the session is as it was"
+    assert "launch" not in vars(session._gpu._graphs[1, True])
     with HostClock(Waiting(2)) as clock:
         assert clock.of(Waiting(2).decode) is None
     with HostClock(object()) as clock:
