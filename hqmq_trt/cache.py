@@ -280,6 +280,20 @@ class HqmqLayer(CacheLayerMixin):
                 total += int((tensor[..., -1] * full[:, None]).sum())
         return total
 
+    def outlier_share(self, role: str) -> float:
+        """Share of the chunks of full pages that a role (``key`` or ``value``) keeps as Med3x outliers."""
+        if self.length is None or not self.scheme.role(role).med3:
+            return 0.0
+        names = torch_ops.tensor_names(self.scheme.role(role))
+        mask = self.role_tensors(role)[names.index("outlier_mask")][..., :-1]  # the last word counts what was dropped
+        pages = torch.arange(mask.shape[2], device=mask.device)
+        full = pages < (self.length // self.scheme.page_size)[:, None]
+        shifts = torch.arange(32, device=mask.device, dtype=torch.int32)
+        kept = ((mask[..., None] >> shifts) & 1).sum((-1, -2)) * full[:, None]
+        tail = self.role_tensors(role)[-1]
+        chunks = int(full.sum()) * tail.shape[1] * self.scheme.page_size * tail.shape[3] // 4
+        return float(kept.sum()) / chunks if chunks else 0.0
+
 
 class HqmqCache(Cache):
     """KV cache of HQMQ codes for ``model.generate(past_key_values=...)``.
@@ -345,3 +359,7 @@ class HqmqCache(Cache):
     def dropped_outliers(self) -> int:
         """Med3x outliers that found no slot, over all layers."""
         return sum(layer.dropped_outliers() for layer in self.layers)
+
+    def outlier_share(self, role: str) -> float:
+        """Share of the chunks of full pages that are Med3x outliers of a role, mean over all layers."""
+        return sum(layer.outlier_share(role) for layer in self.layers) / len(self.layers)

@@ -11,6 +11,7 @@ import typer
 
 from hqmq_trt.cli.build import build
 from hqmq_trt.cli.diff import diff
+from hqmq_trt.cli.eval import eval_app
 from hqmq_trt.cli.export import export
 from hqmq_trt.cli.inspect import inspect
 from hqmq_trt.cli.memory import memory
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for _command in (export, build, run, diff, inspect, memory):
     app.command()(_command)
+app.add_typer(eval_app)
 
 
 @app.callback(invoke_without_command=True)

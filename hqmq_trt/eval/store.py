@@ -1,0 +1,75 @@
+"""Results on disk: one JSON line an item, so that an interrupted run keeps what it has and goes on from there.
+
+A record's ``key`` fields say what was measured (task, model, codec, item, …); its ``value`` fields what came out.
+Two records with the same key are one measurement, and the later one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hqmq_trt.errors import HqmqError
+
+FILE = "results.jsonl"
+Record = dict[str, Any]
+
+
+class Store:
+    """The results of a folder.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        HqmqError: the file holds something else than records. A last line that was cut off is dropped: its run was
+            interrupted.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / FILE
+        self._records: dict[str, Record] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            # Whole lines only, else the next record would continue the broken one.
+            os.truncate(self.path, len(whole))
+        for number, line in enumerate(whole.decode().splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self._records[_name(record["key"])] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise HqmqError(f"{self.path}:{number}: not a result ({error}); give another --output") from error
+
+    def get(self, key: Record) -> Record | None:
+        """The values measured under `key`, or None."""
+        record = self._records.get(_name(key))
+        return None if record is None else record["value"]
+
+    def add(self, key: Record, value: Record, about: Record | None = None) -> None:
+        """Keep a measurement; it is on disk when this returns. `about`: circumstances (card, version, seconds)."""
+        record = {"key": key, "value": value, **({"about": about} if about else {})}
+        line = json.dumps(record, allow_nan=False, sort_keys=True) + "\n"
+        with self.path.open("a") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._records[_name(key)] = record
+
+    def records(self, **wanted: Any) -> Iterator[Record]:
+        """Records whose key has these fields."""
+        for record in self._records.values():
+            if all(record["key"].get(name) == value for name, value in wanted.items()):
+                yield record
+
+
+def _name(key: Record) -> str:
+    return json.dumps(key, sort_keys=True)
