@@ -238,6 +238,15 @@ def test_sequences_can_be_repeated_reordered_and_selected() -> None:
     cache = BaselineCache.for_model(model, LOSSY)
     model(ids.flip(0), past_key_values=cache)
     torch.testing.assert_close(swapped, model(last, past_key_values=cache).logits)
+    cache = BaselineCache.for_model(model, LOSSY)
+    model(ids[:1], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    model(last, past_key_values=cache)  # the two part here
+    apart = model(last, past_key_values=cache).logits
+    cache = BaselineCache.for_model(model, LOSSY)
+    model(torch.cat([ids[:1]] * 2), past_key_values=cache)
+    model(last, past_key_values=cache)
+    torch.testing.assert_close(apart, model(last, past_key_values=cache).logits)
     beams = generate(model, BaselineCache.for_model(model, LOSSY), {"input_ids": ids[:1]}, num_beams=3, tokens=4)
     assert beams.sequences.shape == (1, 24)
 

@@ -54,14 +54,13 @@ def test_int_is_one_symmetric_scale_a_token(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_med3_keeps_large_chunks_exact_and_out_of_the_scale(bits: int) -> None:
-    baseline, x = parse_baseline(f"int{bits}+med3@p4"), torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(5))
-    x[0, 1, 4:] *= 30  # two outliers in a page, one in another
-    x[0, 3, :4] *= 30
-    x[2, 6, :4] *= 30
+    baseline, gen = parse_baseline(f"int{bits}+med3@p4"), torch.Generator().manual_seed(5)
+    # Norms of all sizes, so that some lie just above three medians and some just below.
+    x = torch.randn(3, 32, 8, generator=gen) * torch.randn(3, 32, 2, generator=gen).exp().repeat_interleave(4, -1)
     x = x.half().float()
     expected, found = np.zeros(x.shape, F32), 0
     for head in range(3):
-        for page in range(2):
+        for page in range(8):
             tokens = x[head, 4 * page : 4 * page + 4].numpy()
             norms = sorted(math.sqrt(sum(float(v) ** 2 for v in t[c : c + 4])) for t in tokens for c in (0, 4))
             median = norms[(len(norms) - 1) // 2]
@@ -71,7 +70,7 @@ def test_med3_keeps_large_chunks_exact_and_out_of_the_scale(bits: int) -> None:
                 row = int_token(rest, bits)
                 expected[head, 4 * page + i] = [token[j] if large[j // 4] else row[j] for j in range(8)]
                 found += sum(large)
-    assert found >= 3
+    assert 5 < found < 50
     np.testing.assert_array_equal(coded(baseline, x), expected)
     fields = baseline.encode(x, "key")
     assert int(named(fields)["flags"].sum()) == found

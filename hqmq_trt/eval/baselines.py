@@ -267,7 +267,7 @@ class Float8(Baseline):
     """A cast to e4m3 without a scale, saturating at 448."""
 
     def _encode(self, pages: Tensor, role: str) -> list[Field]:
-        # An explicit clamp: torch's cast would give NaN.
+        # An explicit clamp: whether the cast saturates differs between versions of torch.
         return [Field("codes", pages.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8), 8)]
 
     def _decode(self, stored: dict[str, Tensor], role: str) -> Tensor:
