@@ -1,0 +1,83 @@
+"""``hqmq-trt eval report``: tables and pictures of kept results."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag
+
+if TYPE_CHECKING:
+    from hqmq_trt.eval import report as reports
+    from hqmq_trt.eval.envelope import Comparison, Point
+    from hqmq_trt.eval.results import Run
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `eval … --output` wrote.")],
+    folder: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for fidelity.md, fidelity.html and the pictures.")
+    ] = None,
+    json_mode: JsonFlag = False,
+    quiet: QuietFlag = False,
+    verbose: VerboseFlag = False,
+) -> None:
+    """Tables and pictures of kept results, and whether our schemes lie below the baselines at every budget of bits.
+
+    Exits with 0 whatever the results are."""
+    from hqmq_trt.eval.report import run_tables, write_report
+    from hqmq_trt.eval.results import read_records, runs
+
+    output = Output(json_mode, quiet, verbose)
+    found = runs(read_records(folders))
+    files = write_report(found, folder) if folder is not None else []
+    if files:
+        output.note(f"report: {files[0]}, {files[1]} and {len(files) - 2} pictures")
+    document = {"runs": [_document(run) for run in found], "files": [str(file) for file in files]}
+    output.result(document, *(_table(table) for run in found for table in run_tables(run)))
+
+
+def _document(run: Run) -> dict[str, Any]:
+    return {
+        "model": run.model,
+        "model_sha256": run.sha256,
+        "where": run.where,
+        "about": list(run.about),
+        "texts": [
+            {
+                "title": text.title,
+                "codecs": [item.document for item in text.found],
+                "envelopes": {mode: [_comparison(item) for item in text.envelopes(mode)] for mode in text.points},
+            }
+            for text in run.texts
+        ],
+        "tasks": [dataclasses.asdict(task) for task in run.tasks],
+    }
+
+
+def _comparison(item: Comparison) -> dict[str, Any]:
+    return {
+        "budget": item.budget,
+        "until": item.until,
+        "baseline": _point(item.baseline),
+        "ours": None if item.ours is None else _point(item.ours),
+        "excess_percent": item.excess,
+        "standard_error": item.error,
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {"codec": point.codec, "stored_bits": point.bits, "change_percent": point.change}
+
+
+def _table(table: reports.Table) -> Table:
+    shown = Table(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
+    for number, name in enumerate(table.columns):
+        shown.add_column(name, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
