@@ -281,18 +281,19 @@ class HqmqLayer(CacheLayerMixin):
         return total
 
     def outlier_share(self, role: str) -> float:
-        """Share of the chunks of full pages that a role (``key`` or ``value``) keeps as Med3x outliers."""
+        """Share of the chunks of full pages that are Med3x outliers of a role (``key``, ``value``), kept or dropped."""
         if self.length is None or not self.scheme.role(role).med3:
             return 0.0
         names = torch_ops.tensor_names(self.scheme.role(role))
-        mask = self.role_tensors(role)[names.index("outlier_mask")][..., :-1]  # the last word counts what was dropped
+        words = self.role_tensors(role)[names.index("outlier_mask")]
+        mask, dropped = words[..., :-1], words[..., -1]
         pages = torch.arange(mask.shape[2], device=mask.device)
         full = pages < (self.length // self.scheme.page_size)[:, None]
         shifts = torch.arange(32, device=mask.device, dtype=torch.int32)
-        kept = ((mask[..., None] >> shifts) & 1).sum((-1, -2)) * full[:, None]
+        found = (((mask[..., None] >> shifts) & 1).sum((-1, -2)) + dropped) * full[:, None]
         tail = self.role_tensors(role)[-1]
         chunks = int(full.sum()) * tail.shape[1] * self.scheme.page_size * tail.shape[3] // 4
-        return float(kept.sum()) / chunks if chunks else 0.0
+        return float(found.sum()) / chunks if chunks else 0.0
 
 
 class HqmqCache(Cache):

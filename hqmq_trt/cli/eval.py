@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from hqmq_trt.cli.eval_kv import kv
+from hqmq_trt.cli.eval_report import report
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag
 from hqmq_trt.errors import HqmqError
 
@@ -133,3 +135,7 @@ def _table(title: str, found: list[Any]) -> Table:
             "-" if change is None or change.count < 2 else f"{change.error:.2%}",
         )
     return table
+
+
+for _command in (kv, report):
+    eval_app.command()(_command)

@@ -24,12 +24,13 @@ class SessionSubject(Subject):
     Args:
         folder: what `hqmq-trt export` or `hqmq-trt build` wrote.
         max_context: tokens a sequence may have; None: the engine's limit, or that of an OrtSession.
+        tokenizer: of transformers; None: the folder's own.
 
     Raises:
         HqmqError: as the session's constructor.
     """
 
-    def __init__(self, folder: str | Path, max_context: int | None = None) -> None:
+    def __init__(self, folder: str | Path, max_context: int | None = None, tokenizer: Any = None) -> None:
         self._session: Session = open_session(folder, max_batch=1, max_context=max_context, prefill_chunk=None)
         manifest = self._session.manifest
         self._codec = Codec("", scheme=self._session.scheme)
@@ -38,7 +39,7 @@ class SessionSubject(Subject):
         self.mode, self.max_context = manifest.mode, self._session.max_context
         runtime = "tensorrt" if isinstance(self._session, TrtSession) else "onnxruntime"
         self.where = f"{runtime} {manifest.dtype}"
-        self.tokenizer = _tokenizer(folder)
+        self.tokenizer = tokenizer or _tokenizer(folder)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
         """See Subject."""

@@ -124,7 +124,7 @@ class Codec:
         return Codec(scheme.name + (f"#{seed}" if seed else ""), scheme=scheme)
 
     def bits(self, head_dim: int, outlier_shares: tuple[float, float] = (0.0, 0.0)) -> Bits | None:
-        """Bits an element, or None where they depend on the data; `outlier_shares`: of K and V, which the paper counts."""
+        """Bits an element, or None where they depend on the data; `outlier_shares`: of K and V, for the paper bits."""
         if self.scheme is None:
             return None if self.baseline else Bits(16.0, None, 0)
         roles, page = (self.scheme.key, self.scheme.value), self.scheme.page_size
