@@ -94,6 +94,7 @@ class Manifest(_Record):
         dtype: type of weights and activations; `logits_dtype`: type of the output ``logits``.
         vocab_size, hidden_size, max_position: of the model; max_position is the longest context it knows.
         bos_token_id, eos_token_ids, pad_token_id: of the generation config.
+        key_balance: whether the weights hold scales that make K easier to code (hqmq_trt.balance).
         layers: attention layers in the order of their caches.
         files: every file of the folder but manifest.json itself (and engine.json, which describes the engine). Exactly
             one has the purpose ``model`` (an exported folder) or ``engine`` (an engine folder).
@@ -120,6 +121,7 @@ class Manifest(_Record):
     bos_token_id: int | None = None
     eos_token_ids: list[int] = []
     pad_token_id: int | None = None
+    key_balance: bool = False
     layers: Annotated[list[Layer], Field(min_length=1)]
     files: list[ModelFile]
 
