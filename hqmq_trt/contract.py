@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hqmq_trt.format import FORMAT_VERSION
-from hqmq_trt.scheme import MAX_RADIUS_BITS, ROLES, RoleScheme, Scheme
+from hqmq_trt.scheme import MAX_RADIUS_BITS, MAX_SINK_TOKENS, ROLES, RoleScheme, Scheme
 
 DOMAIN = "com.hqmq"
 OPSET_VERSION = 1
@@ -116,6 +116,7 @@ def _role_specs(prefix: str, subject: str) -> tuple[AttributeSpec, ...]:
         AttributeSpec(f"{prefix}hadamard", int, 0, 1, "1: the operator rotates head_dim before it quantises"),
         AttributeSpec(f"{prefix}page_mean", int, 0, 1, "1: codes hold the token minus the mean of its page"),
         AttributeSpec(f"{prefix}outlier_capacity", int, 0, 2**20, "C, outlier slots of a page and head; 0: no Med3x"),
+        AttributeSpec(f"{prefix}sink_tokens", int, 0, MAX_SINK_TOKENS, "N, first tokens of a sequence that stay exact"),
     )
 
 
@@ -158,7 +159,7 @@ def _cache(name: str, attribute: str) -> tuple[TensorSpec, ...]:
         TensorSpec(f"{name}mean", "float16", (*lead, "M", "D"), "mean of a page", mean),
         TensorSpec(f"{name}outlier_mask", "int32", (*lead, "M", "U"), "which chunks are outliers", outliers),
         TensorSpec(f"{name}outlier_value", "float16", (*lead, "M", "C", 4), "the outliers", outliers),
-        TensorSpec(f"{name}tail", "float16", (*lead, "P", "D"), "the last P tokens, token t in row t mod P"),
+        TensorSpec(f"{name}tail", "float16", (*lead, "P+N", "D"), "the last P tokens, token t in row t mod P; then the first N"),
     )
 
 
@@ -243,6 +244,7 @@ def role_attributes(
         f"{prefix}hadamard": int(role.hadamard and rotate),
         f"{prefix}page_mean": int(role.page_mean),
         f"{prefix}outlier_capacity": role.outlier_capacity(head_dim, page_size),
+        f"{prefix}sink_tokens": role.sink_tokens,
     }
 
 

@@ -43,6 +43,7 @@ class RoleParams(Structure):
             "hadamard",
             "page_mean",
             "outlier_capacity",
+            "sink_tokens",
         )
     ]
 
@@ -197,6 +198,7 @@ def role_params(role: RoleScheme, head_dim: int, page_size: int) -> RoleParams:
         int(role.hadamard and packed),
         int(role.page_mean and packed),
         role.outlier_capacity(head_dim, page_size) if packed else 0,
+        role.sink_tokens,
     )
 
 
