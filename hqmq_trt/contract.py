@@ -159,7 +159,7 @@ def _cache(name: str, attribute: str) -> tuple[TensorSpec, ...]:
         TensorSpec(f"{name}mean", "float16", (*lead, "M", "D"), "mean of a page", mean),
         TensorSpec(f"{name}outlier_mask", "int32", (*lead, "M", "U"), "which chunks are outliers", outliers),
         TensorSpec(f"{name}outlier_value", "float16", (*lead, "M", "C", 4), "the outliers", outliers),
-        TensorSpec(f"{name}tail", "float16", (*lead, "P+N", "D"), "the last P tokens, token t in row t mod P; then the first N"),
+        TensorSpec(f"{name}tail", "float16", (*lead, "P+N", "D"), "last P tokens, t in row t mod P; first N tokens"),
     )
 
 

@@ -3,8 +3,8 @@
 A scheme is written as
 
 * ``hq3``, ``hq3.5``, ``hq4``, ``hq5``: our presets (see :data:`PRESETS`),
-* ``hq:s{S}_r{r}[-hadamard][-mean][-sinks][+med3]``: the parts of a preset in other measures, for finding better ones; S one of
-  :data:`OPTIMISED_SECONDARIES`, r in 2…6,
+* ``hq:s{S}_r{r}[-hadamard][-mean][-sinks][+med3]``: the parts of a preset in other measures, for finding
+  better ones; S one of :data:`OPTIMISED_SECONDARIES`, r in 2…6,
 * ``paper:s{S}_r{r}[+med3]``: arXiv 2605.27646 to the letter, S in 1…1024, r in 1…8,
 * ``fp16``: the same plumbing with nothing compressed,
 * ``k=<scheme>,v=<scheme>``: K and V differ,
