@@ -10,6 +10,8 @@ namespace hqmq {
 enum class Storage : int32_t { kFp16 = 0, kHqmq = 1 };
 enum class Gain : int32_t { kMax = 0, kRms = 1 };
 
+constexpr int kMaxSinkTokens = 8;
+
 // Plain data: also the struct of the C interface and of kernel launches.
 struct RoleParams {
   Storage storage;
