@@ -6,7 +6,8 @@ TensorRT plugins are compiled with (``--header``, plugins/trt/contract_table.h) 
 
 Symbols of shapes: B batch, H heads of K and V, Hq heads of Q (a multiple of H), T new tokens, D head_dim, P page_size,
 M pages, S secondaries, r radius_bits, W words of a token (hqmq_trt.format.words_per_token), U words of a page's outlier
-mask (hqmq_trt.format.mask_words), C outlier_capacity. S, r, W, C are of the role whose tensor it is.
+mask (hqmq_trt.format.mask_words), C outlier_capacity, N sink_tokens. S, r, W, U, C, N are of the role whose tensor it
+is.
 """
 
 from __future__ import annotations
