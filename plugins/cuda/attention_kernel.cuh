@@ -36,17 +36,12 @@ __device__ __forceinline__ void LoadExactTile(const RoleView& view, const Span& 
   }
 }
 
-// Tokens first…first+count-1 of a coded page → tile, rotated as codes are; the first sink_tokens of
-// the sequence as fp16 holds them. Page 0 is full, and its first tile has all of these.
-__device__ __forceinline__ void LoadCodedTile(const RoleView& view, const Span& span, int b, int h,
-                                              int64_t lane, int num_pages, int first, int count,
-                                              float* tile, int stride, OutlierScratch* scratch) {
+// The first sink_tokens of a sequence, of a page that is read from its codes → rows of the page's
+// first tile, as fp16 holds them but rotated as codes are. Not inlined: it is rarely needed.
+inline __device__ __noinline__ void LoadSinks(const RoleView& view, Span span, int b, int h,
+                                              int64_t lane, float* tile, int stride) {
   const RoleParams& role = view.role;
-  const int p = role.page_size, d = role.head_dim;
-  DecodeTile<false>(view, lane * num_pages + first / p, h, first % p, count, tile, stride, scratch);
-  if (first >= role.sink_tokens) return;
-  __syncthreads();
-  const int warp_lane = threadIdx.x % kWarp;
+  const int d = role.head_dim, warp_lane = threadIdx.x % kWarp;
   for (int t = threadIdx.x / kWarp; t < role.sink_tokens; t += kAttentionWarps) {
     float* row = tile + t * stride;
     for (int i = warp_lane; i < d; i += kWarp)
@@ -54,6 +49,18 @@ __device__ __forceinline__ void LoadCodedTile(const RoleView& view, const Span& 
     __syncwarp();
     if (role.hadamard) WarpHadamard(row, d, view.hadamard_scale, warp_lane);
   }
+}
+
+// Tokens first…first+count-1 of a coded page → tile, rotated as codes are. Page 0 is full when it
+// is read so, and its first tile has all sink_tokens.
+__device__ __forceinline__ void LoadCodedTile(const RoleView& view, const Span& span, int b, int h,
+                                              int64_t lane, int num_pages, int first, int count,
+                                              float* tile, int stride, OutlierScratch* scratch) {
+  const int p = view.role.page_size;
+  DecodeTile<false>(view, lane * num_pages + first / p, h, first % p, count, tile, stride, scratch);
+  if (first >= view.role.sink_tokens) return;
+  __syncthreads();
+  LoadSinks(view, span, b, h, lane, tile, stride);
 }
 
 // The rows of one warp.

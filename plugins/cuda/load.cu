@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ L
       const int64_t to = RowStart(view.x, b, h, first + start + t);
       if (first + start + t < view.role.sink_tokens) {
         const uint16_t* row = tail + (p + first + start + t) * d;
+#pragma unroll 1
         for (int i = warp_lane; i < d; i += kWarp)
           StoreFloat(view.x, to + i, FloatFromHalf(row[i]));
         continue;
