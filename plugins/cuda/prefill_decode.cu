@@ -103,9 +103,7 @@ __device__ __noinline__ void StoreSinks(const AttentionJob& a, const RoleView& v
 
 // A tile of one lane of the wave and role: x = tile + lane_tiles * lane, y = role.
 template <int D>
-__global__ void __launch_bounds__(kThreads, D > 128  ? 9
-                                            : D > 64 ? 12
-                                                     : 10)
+__global__ void __launch_bounds__(kThreads)
     DecodeTilesKernel(const __grid_constant__ PrefillJob job) {
   __shared__ OutlierScratch outliers;
   constexpr int N = D > 128 ? 2 : 1;       // chunks of a lane
