@@ -209,7 +209,7 @@ class Ours:
         return copies_for(int(shape.batch * shape.heads * shape.context * shape.head_dim * bits / 8), device)
 
     def bytes_read(self) -> int:
-        """Bytes a decode step must move: full pages as stored (outliers as many as there are), the tail, q and y."""
+        """Bytes a decode step must move: full pages as stored (as many outliers as there are), exact tokens, q, y."""
         shape, page = self.shape, self.scheme.page_size
         full, rest = divmod(self.past + shape.tokens, page)
         total = 0
@@ -219,7 +219,8 @@ class Ours:
             each = float(sum(size for part, size in specs.items() if part not in ("tail", "outlier_value")))
             if role.med3:
                 each += 8 * self._outliers(name, cache)
-            total += int(full * each) + 2 * rest * shape.head_dim
+            exact = rest + (role.sink_tokens if full else 0)
+            total += int(full * each) + 2 * exact * shape.head_dim
         return total * shape.batch * shape.heads + shape.rows_bytes
 
     def error(self) -> float:

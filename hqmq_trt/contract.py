@@ -6,7 +6,8 @@ TensorRT plugins are compiled with (``--header``, plugins/trt/contract_table.h) 
 
 Symbols of shapes: B batch, H heads of K and V, Hq heads of Q (a multiple of H), T new tokens, D head_dim, P page_size,
 M pages, S secondaries, r radius_bits, W words of a token (hqmq_trt.format.words_per_token), U words of a page's outlier
-mask (hqmq_trt.format.mask_words), C outlier_capacity. S, r, W, C are of the role whose tensor it is.
+mask (hqmq_trt.format.mask_words), C outlier_capacity, N sink_tokens. S, r, W, U, C, N are of the role whose tensor it
+is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hqmq_trt.format import FORMAT_VERSION
-from hqmq_trt.scheme import MAX_RADIUS_BITS, ROLES, RoleScheme, Scheme
+from hqmq_trt.scheme import MAX_RADIUS_BITS, MAX_SINK_TOKENS, ROLES, RoleScheme, Scheme
 
 DOMAIN = "com.hqmq"
 OPSET_VERSION = 1
@@ -116,6 +117,7 @@ def _role_specs(prefix: str, subject: str) -> tuple[AttributeSpec, ...]:
         AttributeSpec(f"{prefix}hadamard", int, 0, 1, "1: the operator rotates head_dim before it quantises"),
         AttributeSpec(f"{prefix}page_mean", int, 0, 1, "1: codes hold the token minus the mean of its page"),
         AttributeSpec(f"{prefix}outlier_capacity", int, 0, 2**20, "C, outlier slots of a page and head; 0: no Med3x"),
+        AttributeSpec(f"{prefix}sink_tokens", int, 0, MAX_SINK_TOKENS, "N, first tokens of a sequence that stay exact"),
     )
 
 
@@ -158,7 +160,7 @@ def _cache(name: str, attribute: str) -> tuple[TensorSpec, ...]:
         TensorSpec(f"{name}mean", "float16", (*lead, "M", "D"), "mean of a page", mean),
         TensorSpec(f"{name}outlier_mask", "int32", (*lead, "M", "U"), "which chunks are outliers", outliers),
         TensorSpec(f"{name}outlier_value", "float16", (*lead, "M", "C", 4), "the outliers", outliers),
-        TensorSpec(f"{name}tail", "float16", (*lead, "P", "D"), "the last P tokens, token t in row t mod P"),
+        TensorSpec(f"{name}tail", "float16", (*lead, "P+N", "D"), "last P tokens, t in row t mod P; first N tokens"),
     )
 
 
@@ -243,6 +245,7 @@ def role_attributes(
         f"{prefix}hadamard": int(role.hadamard and rotate),
         f"{prefix}page_mean": int(role.page_mean),
         f"{prefix}outlier_capacity": role.outlier_capacity(head_dim, page_size),
+        f"{prefix}sink_tokens": role.sink_tokens,
     }
 
 

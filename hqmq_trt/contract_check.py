@@ -108,7 +108,8 @@ class _Sizes:
         for prefix, attribute in op.roles:
             self._set(prefix + "2^r", 2 ** self._int(attribute + "radius_bits"), "radius_bits")
             self._set(prefix + "C", self._int(attribute + "outlier_capacity"), "outlier_capacity")
-        self._set("P", self._int("page_size"), "page_size")
+            rows = self._int("page_size") + self._int(attribute + "sink_tokens")
+            self._set(prefix + "P+N", rows, f"page_size and {attribute}sink_tokens")
 
     def _int(self, name: str) -> int:
         value = self.attributes[name]
@@ -149,7 +150,7 @@ class _Sizes:
 
     def _own(self, symbol: Dim, spec: TensorSpec) -> str:
         """Symbols of one role are kept apart by the prefix of its tensors."""
-        if symbol not in ("S", "2^r", "W", "U", "C"):
+        if symbol not in ("S", "2^r", "W", "U", "C", "P+N"):
             return str(symbol)
         name = (spec.alias or spec.name) + " "
         return next(prefix for prefix, _ in self.roles if name.startswith(prefix)) + str(symbol)

@@ -163,8 +163,8 @@ def load(
     """
     device = cache[-1].device
     pointers, params, num_pages = native.role_cache(role, cache, device)
-    batch, heads, page_size, head_dim = cache[-1].shape
-    out = torch.empty(batch, heads, num_pages * page_size, head_dim, dtype=dtype, device=device)
+    batch, heads, _, head_dim = cache[-1].shape
+    out = torch.empty(batch, heads, num_pages * params.page_size, head_dim, dtype=dtype, device=device)
     target, out = native.rows(out, "x", device)
     held = native.tensor(length, torch.int32, (batch,), "length", device)
     books, keep = native.codebook_pointers(role, codebook, heads, device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from hqmq_trt.scheme import RoleScheme, Scheme
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def cache_tensors(
     outlier_mask (med3)       int32    [B, H, M, ⌈P*D/128⌉+1]  bit t*D/4+c: chunk c of token t is an outlier;
                                                               last word: outliers that found no slot
     outlier_value (med3)      float16  [B, H, M, cap, 4]      the outliers, in the order of their bits
-    tail                      float16  [B, H, P, D]           the last P tokens, token t in row t mod P, not rotated
+    tail                      float16  [B, H, P+N, D]         the last P tokens, token t in row t mod P; then the first
+                                                              N of the sequence (sink_tokens); not rotated
     ========================  =======  =====================  ==================================================
     """
     rows, lead = num_pages * page_size, (batch, num_kv_heads)
@@ -100,7 +101,7 @@ def cache_tensors(
         words = mask_words(head_dim, page_size)
         tensors.append(CacheTensor("outlier_mask", "int32", (*lead, num_pages, words)))
         tensors.append(CacheTensor("outlier_value", "float16", (*lead, num_pages, slots, 4)))
-    tensors.append(CacheTensor("tail", "float16", (*lead, page_size, head_dim)))
+    tensors.append(CacheTensor("tail", "float16", (*lead, page_size + role.sink_tokens, head_dim)))
     return tuple(tensors)
 
 

@@ -43,6 +43,7 @@ class RoleParams(Structure):
             "hadamard",
             "page_mean",
             "outlier_capacity",
+            "sink_tokens",
         )
     ]
 
@@ -197,6 +198,7 @@ def role_params(role: RoleScheme, head_dim: int, page_size: int) -> RoleParams:
         int(role.hadamard and packed),
         int(role.page_mean and packed),
         role.outlier_capacity(head_dim, page_size) if packed else 0,
+        role.sink_tokens,
     )
 
 
@@ -240,10 +242,16 @@ def role_cache(
     codes, tail = cache[0], cache[-1]
     if codes.dim() != 4 or tail.dim() != 4:
         raise HqmqError(f"cache codes {list(codes.shape)} and tail {list(tail.shape)} must have four dimensions")
-    batch, heads, page_size, head_dim = tail.shape
+    batch, heads, tail_rows, head_dim = tail.shape
+    page_size = tail_rows - role.sink_tokens
+    if page_size < 1:
+        raise HqmqError(
+            f"cache tail {list(tail.shape)} holds no page beside the {role.sink_tokens} sink tokens of scheme "
+            f"'{role.name}'"
+        )
     if role.packed:
         role.check_head_dim(head_dim)
-    num_pages = codes.shape[2] // max(page_size, 1)
+    num_pages = codes.shape[2] // page_size
     specs = cache_tensors(role, page_size, head_dim, heads, batch, num_pages)
     if len(specs) != len(cache):
         names = ", ".join(spec.name for spec in specs)
@@ -308,12 +316,12 @@ def append_arguments(
     device: torch.device,
 ) -> tuple[list[Any], list[object]]:
     """Checked arguments of hqmq_append, from role to cache, and what to keep alive during the call."""
-    batch, heads, page_size, head_dim = cache[-1].shape
+    batch, heads, tail_rows, head_dim = cache[-1].shape
     pointers, params, num_pages = role_cache(role, cache, device)
     source, x = rows(x, name, device)
     if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
         raise HqmqError(
-            f"{name} {list(x.shape)} does not fit a cache of [{batch}, {heads}, {page_size}, {head_dim}] tails"
+            f"{name} {list(x.shape)} does not fit a cache of [{batch}, {heads}, {tail_rows}, {head_dim}] tails"
         )
     past = tensor(past_length, torch.int32, (batch,), "past_length", device)
     new = tensor(new_length, torch.int32, (batch,), "new_length", device)

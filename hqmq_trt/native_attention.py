@@ -129,8 +129,8 @@ def load(
         HqmqError: tensors that do not fit the scheme, or a length beyond the cache.
     """
     pointers, params, num_pages = native.role_cache(role, cache)
-    batch, heads, page_size, head_dim = cache[-1].shape
-    out = torch.empty(batch, heads, num_pages * page_size, head_dim, dtype=dtype)
+    batch, heads, _, head_dim = cache[-1].shape
+    out = torch.empty(batch, heads, num_pages * params.page_size, head_dim, dtype=dtype)
     target, out = native.rows(out, "x")
     held = native.tensor(length, torch.int32, (batch,), "length")
     words = table(role, codebook, heads)

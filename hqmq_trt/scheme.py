@@ -3,8 +3,8 @@
 A scheme is written as
 
 * ``hq3``, ``hq3.5``, ``hq4``, ``hq5``: our presets (see :data:`PRESETS`),
-* ``hq:s{S}_r{r}[-hadamard][-mean][+med3]``: the parts of a preset in other measures, for finding better ones; S one of
-  :data:`OPTIMISED_SECONDARIES`, r in 2…6,
+* ``hq:s{S}_r{r}[-hadamard][-mean][-sinks][+med3]``: the parts of a preset in other measures, for finding
+  better ones; S one of :data:`OPTIMISED_SECONDARIES`, r in 2…6,
 * ``paper:s{S}_r{r}[+med3]``: arXiv 2605.27646 to the letter, S in 1…1024, r in 1…8,
 * ``fp16``: the same plumbing with nothing compressed,
 * ``k=<scheme>,v=<scheme>``: K and V differ,
@@ -29,6 +29,10 @@ OUTLIER_FACTOR = 3.0
 """C of Med3x (paper): a chunk is an outlier when its norm exceeds C times the median of its page."""
 DEFAULT_OUTLIER_FRACTION = 1 / 8
 """Share of a page's chunks that may be outliers; K averages 5-10 %, single layers reach 25 %."""
+DEFAULT_SINK_TOKENS = 4
+"""First tokens of a sequence that our schemes keep exact: attention sinks (StreamingLLM, arXiv 2309.17453)."""
+MAX_SINK_TOKENS = 8
+"""A page has at least as many tokens."""
 
 
 class Storage(IntEnum):
@@ -63,6 +67,7 @@ class RoleScheme:
         hadamard: rotate head_dim by an orthonormal Walsh-Hadamard matrix before quantising.
         page_mean: store the token minus the mean of its page.
         outlier_fraction: capacity for Med3x outliers as a share of a page's chunks; 0 switches Med3x off.
+        sink_tokens: N, first tokens of a sequence that are read exactly, from fp16, whatever page 0 holds of them.
     """
 
     name: str
@@ -74,6 +79,7 @@ class RoleScheme:
     hadamard: bool = False
     page_mean: bool = False
     outlier_fraction: float = 0.0
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.secondaries <= MAX_SECONDARIES:
@@ -82,6 +88,8 @@ class RoleScheme:
             raise HqmqError(f"scheme '{self.name}': r={self.radius_bits} radius bits is outside 1…{MAX_RADIUS_BITS}")
         if not 0.0 <= self.outlier_fraction <= 1.0:
             raise HqmqError(f"scheme '{self.name}': outlier fraction {self.outlier_fraction} is outside 0…1")
+        if not 0 <= self.sink_tokens <= MAX_SINK_TOKENS:
+            raise HqmqError(f"scheme '{self.name}': {self.sink_tokens} sink tokens are outside 0…{MAX_SINK_TOKENS}")
 
     @property
     def med3(self) -> bool:
@@ -129,6 +137,7 @@ def _hq(name: str, secondaries: int, radius_bits: int) -> tuple[RoleScheme, Role
         optimised=True,
         gain=Gain.RMS,
         hadamard=True,
+        sink_tokens=DEFAULT_SINK_TOKENS,
     )
     return replace(value, page_mean=True), value
 
@@ -150,7 +159,7 @@ OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
 """r for which data/codebooks.npz holds Lloyd-Max levels, for each of OPTIMISED_SECONDARIES."""
 
 _PAPER = re.compile(r"paper:s(\d+)_r(\d+)(\+med3)?")
-_OURS = re.compile(r"hq:s(\d+)_r(\d+)(-hadamard)?(-mean)?(\+med3)?")
+_OURS = re.compile(r"hq:s(\d+)_r(\d+)(-hadamard)?(-mean)?(-sinks)?(\+med3)?")
 _ROLES = re.compile(r"k=([^,]+),v=([^,]+)")
 _PAGE = re.compile(r"(.*)@p(\d+)")
 
@@ -226,12 +235,12 @@ def _pair(name: str, text: str) -> tuple[RoleScheme, RoleScheme]:
         return role, role
     raise HqmqError(
         f"unknown scheme '{text}': use one of {', '.join(PRESETS)}, paper:s{{S}}_r{{r}}[+med3], "
-        "hq:s{S}_r{r}[-hadamard][-mean][+med3], or k=<scheme>,v=<scheme>, each with an optional @p{page}"
+        "hq:s{S}_r{r}[-hadamard][-mean][-sinks][+med3], or k=<scheme>,v=<scheme>, each with an optional @p{page}"
     )
 
 
 def _ours(
-    name: str, secondaries: int, radius_bits: int, no_hadamard: bool, no_mean: bool, med3: bool
+    name: str, secondaries: int, radius_bits: int, no_hadamard: bool, no_mean: bool, no_sinks: bool, med3: bool
 ) -> tuple[RoleScheme, RoleScheme]:
     if secondaries not in OPTIMISED_SECONDARIES or radius_bits not in OPTIMISED_RADIUS_BITS:
         known = ", ".join(map(str, OPTIMISED_SECONDARIES))
@@ -240,6 +249,16 @@ def _ours(
             f"{OPTIMISED_RADIUS_BITS[-1]}; paper:s{{S}}_r{{r}} takes any"
         )
     key, value = _hq(f"hq:s{secondaries}_r{radius_bits}", secondaries, radius_bits)
-    canonical = key.name + "-hadamard" * no_hadamard + "-mean" * no_mean + "+med3" * med3
-    changed = {"name": canonical, "hadamard": not no_hadamard, "outlier_fraction": DEFAULT_OUTLIER_FRACTION * med3}
-    return replace(key, page_mean=not no_mean, **changed), replace(value, **changed)
+    flags = "-hadamard" * no_hadamard + "-mean" * no_mean + "-sinks" * no_sinks + "+med3" * med3
+
+    def changed(role: RoleScheme, mean: bool) -> RoleScheme:
+        return replace(
+            role,
+            name=role.name + flags,
+            hadamard=not no_hadamard,
+            page_mean=mean,
+            sink_tokens=0 if no_sinks else role.sink_tokens,
+            outlier_fraction=DEFAULT_OUTLIER_FRACTION if med3 else 0.0,
+        )
+
+    return changed(key, not no_mean), changed(value, False)

@@ -35,7 +35,7 @@ def append(
     """hqmq::quantize_: append new_length[b] tokens of x [B, H, T, D] to a cache, in place."""
     cache = _named(role, tensors)
     tail = cache["tail"]
-    page_size = tail.shape[2]
+    page_size = _page_size(cache, role)
     for b, (first, count) in enumerate(zip(past_length.tolist(), new_length.tolist(), strict=True)):
         held = first % page_size
         full = (held + count) // page_size
@@ -46,6 +46,13 @@ def append(
     kept = (row < new_length[:, None]) & (row >= new_length[:, None] - page_size)
     b_index, i = kept.nonzero(as_tuple=True)
     tail[b_index, :, (past_length.long()[b_index] + i) % page_size] = x[b_index, :, i].half()
+    is_sink = (row < new_length[:, None]) & (row < role.sink_tokens - past_length[:, None])  # tokens 0 … N - 1
+    b_index, i = is_sink.nonzero(as_tuple=True)
+    tail[b_index, :, page_size + past_length.long()[b_index] + i] = x[b_index, :, i].half()
+
+
+def _page_size(cache: dict[str, Tensor], role: RoleScheme) -> int:
+    return cache["tail"].shape[2] - role.sink_tokens
 
 
 def _store(
@@ -69,22 +76,26 @@ def _store(
 def _load_pages(
     cache: dict[str, Tensor], b: int, first: int, count: int, role: RoleScheme, codebook: list[Tensor]
 ) -> Tensor:
-    """Pages first … first + count - 1 of sequence b, float32 [H, count*P, D]."""
-    page_size, head_dim = cache["tail"].shape[2:]
+    """Full pages first … first + count - 1 of sequence b, the sink tokens exact, float32 [H, count*P, D]."""
+    page_size, head_dim = _page_size(cache, role), cache["tail"].shape[3]
     rows = slice(first * page_size, (first + count) * page_size)
     by_token = {n: cache[n][b, :, rows].unflatten(1, (count, page_size)) for n in ("codes", "scales") if n in cache}
     by_page = {n: cache[n][b, :, first : first + count] for n in Pages._fields[2:] if n in cache}
     found: dict[str, Tensor] = by_token | by_page
     pages = Pages(found["codes"], *(found.get(name) for name in Pages._fields[1:]))
     secondaries, levels = codebook if codebook else (pages.codes, pages.codes)
-    return decode_pages(pages, role, secondaries, levels, head_dim).flatten(1, 2)
+    x = decode_pages(pages, role, secondaries, levels, head_dim).flatten(1, 2)
+    if first == 0:
+        x[:, : role.sink_tokens] = cache["tail"][b, :, page_size:].float()
+    return x
 
 
 def load(length: Tensor, role: RoleScheme, codebook: list[Tensor], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """hqmq::dequantize: a cache to [B, H, M*P, D] of `dtype`; rows past length[b] are 0."""
     cache = _named(role, tensors)
     tail = cache["tail"]
-    batch, heads, page_size, head_dim = tail.shape
+    batch, heads, _, head_dim = tail.shape
+    page_size = _page_size(cache, role)
     out = tail.new_zeros((batch, heads, cache["codes"].shape[2], head_dim), dtype=dtype)
     step = max(_RANGE_TOKENS // page_size, 1)
     for b, held in enumerate(length.tolist()):

@@ -111,8 +111,9 @@ def _check_cache(role: RoleScheme, page_size: int, name: str, codebook: list[Ten
             f"not {len(codebook)} tensors"
         )
     codes, tail = tensors[0], tensors[-1]
-    if tail.dim() != 4 or tail.shape[2] != page_size:
-        raise HqmqError(f"{name} tail {list(tail.shape)} does not fit [B, H, {page_size}, D] of scheme '{role.name}'")
+    tail_rows = page_size + role.sink_tokens
+    if tail.dim() != 4 or tail.shape[2] != tail_rows:
+        raise HqmqError(f"{name} tail {list(tail.shape)} does not fit [B, H, {tail_rows}, D] of scheme '{role.name}'")
     batch, heads, _, head_dim = tail.shape
     if role.packed:
         role.check_head_dim(head_dim)

@@ -41,12 +41,13 @@ def test_scheme_fp16_gives_the_models_own_logits(name: str) -> None:
 
 
 @EVERY_MODEL
-def test_fused_logits_do_not_depend_on_how_tokens_arrive(name: str) -> None:
+@pytest.mark.parametrize("scheme", [SCHEME, "hq5@p16"])  # without and with exact first tokens
+def test_fused_logits_do_not_depend_on_how_tokens_arrive(name: str, scheme: str) -> None:
     (ids,) = prompt(90)
     model = model_of(name)
-    whole = run(model, ids, HqmqCache.for_model(model, SCHEME), [90])
-    for pieces in ([33, 1, 40, 16], [1] * 90):
-        other = run(model, ids, HqmqCache(model.config, SCHEME), pieces)
+    whole = run(model, ids, HqmqCache.for_model(model, scheme), [90])
+    for pieces in ([33, 1, 40, 16], [2, 1, 2, 60, 25], [1] * 90):
+        other = run(model, ids, HqmqCache(model.config, scheme), pieces)
         assert mean_kl(other, whole) < 1e-5
     exact = model_of(name)(ids, past_key_values=transformers.DynamicCache()).logits
     assert 1e-9 < mean_kl(whole, exact) < 0.05  # the scheme is lossy, and only a little
@@ -195,12 +196,13 @@ def test_max_length_is_kept() -> None:
 def test_reset_forgets() -> None:
     model = model_of("llama")
     one, two = prompt(40, 30)
-    cache = HqmqCache.for_model(model, SCHEME)
-    run(model, one, cache, [40])
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    again = run(model, two, cache, [30])
-    assert torch.equal(again, run(model, two, HqmqCache.for_model(model, SCHEME), [30]))
+    for scheme in (SCHEME, "hq4@p16"):
+        cache = HqmqCache.for_model(model, scheme)
+        run(model, one, cache, [40])
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        again = run(model, two, cache, [2, 1, 27])
+        assert torch.equal(again, run(model, two, HqmqCache.for_model(model, scheme), [2, 1, 27]))
 
 
 def test_batch_operations_move_whole_sequences() -> None:
@@ -243,6 +245,34 @@ def test_crop_returns_to_a_page_that_is_still_exact() -> None:
     with pytest.raises(HqmqError, match="minus"):
         cache.crop(5)
     assert cache.get_seq_length() == 48
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("held", "kept"), [(10, 2), (16, 3), (50, 0), (3, 1)])
+def test_crop_into_the_first_tokens_and_growing_again(fused: bool, held: int, kept: int) -> None:
+    """The first tokens stay exact (sink_tokens): those that come after a crop, not those that went."""
+    model = model_of("llama", "sdpa")
+
+    def new_cache() -> HqmqCache:
+        return HqmqCache.for_model(model, "hq4@p16") if fused else HqmqCache(model.config, "hq4@p16")
+
+    (ids,) = prompt(held)
+    other = torch.cat([ids[:, :kept], *prompt(60, seed=5)], 1)
+    cache, fresh = new_cache(), new_cache()
+    run(model, ids, cache, [held])
+    cache.crop(kept - held)
+    assert cache.get_seq_length() == kept
+    if kept:
+        run(model, other[:, :kept], fresh, [kept])
+    pieces = [1, 1, 3, 20, 1, 34]
+    torch.testing.assert_close(
+        run(model, other[:, kept:], cache, pieces), run(model, other[:, kept:], fresh, pieces), rtol=1e-4, atol=1e-4
+    )
+    for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
+        for role in ("key", "value"):
+            ours_tail, theirs_tail = (layer.role_tensors(role)[-1].float() for layer in (ours, theirs))
+            assert ours_tail.shape[2] == 16 + 4
+            torch.testing.assert_close(ours_tail[:, :, 16:], theirs_tail[:, :, 16:], rtol=1e-3, atol=1e-3)
 
 
 def test_dropped_outliers_are_counted() -> None:

@@ -243,7 +243,10 @@ MANIFESTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: edit(path.parent, lambda c: c["files"][0].update(name="/etc/passwd")),
         "outside the folder",
     ),
-    "format": (lambda path: edit(path.parent, lambda c: c.update(format_version=2)), "format_version is 2"),
+    "format": (
+        lambda path: edit(path.parent, lambda c: c.update(format_version=1)),
+        "format_version is 1, this library knows 2",
+    ),
     "plugin": (lambda path: edit(path.parent, lambda c: c.update(plugin_version="9")), "plugin_version is '9'"),
     "scheme": (lambda path: edit(path.parent, lambda c: c.update(scheme="hq9@p16")), "unknown scheme"),
 }

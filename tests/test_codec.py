@@ -31,7 +31,7 @@ def test_same_bytes_as_the_oracle(name: str, role_name: str, head_dim: int) -> N
     past, new = lengths(0, page - 3), lengths(page + page // 2 + 1, 4)
     x = activations(2, 2, int(new.max()), head_dim)
     cache = oracle.empty_cache(role, page, head_dim, 2, 2, 2)
-    cache["tail"][:] = activations(2, 2, page, head_dim, seed=1)
+    cache["tail"][:] = activations(2, 2, page + role.sink_tokens, head_dim, seed=1)
     want = oracle_quantize(x, past, new, role, book, cache)
     dropped = native.append(x, past, new, role, book, list(cache.values()))
     same_bytes(cache, want)
@@ -135,7 +135,7 @@ def test_nan_in_a_tail_becomes_nan_not_codes(name: str) -> None:
     role = Scheme.parse(name).key
     book = codebook(role, 1)
     cache = oracle.empty_cache(role, 16, 64, 1, 1, 1)
-    cache["tail"][:] = activations(1, 1, 16, 64)
+    cache["tail"][:] = activations(1, 1, 16 + role.sink_tokens, 64)
     cache["tail"][0, 0, 6, 9] = float("inf")
     want = oracle_quantize(activations(1, 1, 1, 64), lengths(15), lengths(1), role, book, cache)
     native.append(activations(1, 1, 1, 64), lengths(15), lengths(1), role, book, list(cache.values()))
@@ -238,8 +238,8 @@ def test_baseline_kernels_and_one_thread_write_the_same_bytes() -> None:
 
 def test_library_of_another_format_version_is_refused() -> None:
     path = native.library_path(native.HOST_LIBRARY)
-    with pytest.raises(native.HqmqError, match=r"is built for format version 1, this package needs 2; rebuild it with"):
-        native.load_library(path, expected_format=2)
+    with pytest.raises(native.HqmqError, match=r"is built for format version 2, this package needs 3; rebuild it with"):
+        native.load_library(path, expected_format=3)
 
 
 def test_missing_and_foreign_libraries_are_refused(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,10 @@ from hqmq_trt.manifest import Manifest
 from hqmq_trt.scheme import Scheme
 
 ROOT = Path(__file__).parent.parent
-SCHEMES = ("fp16", "hq3", "hq3.5", "hq4", "hq5", "paper:s96_r4+med3", "k=hq4,v=fp16@p128", "k=fp16,v=paper:s5_r2+med3")
+SCHEMES = (
+    *("fp16", "hq3", "hq3.5", "hq4", "hq5", "hq:s21_r3-sinks", "paper:s96_r4+med3"),
+    *("k=hq4,v=fp16@p128", "k=fp16,v=paper:s5_r2+med3"),
+)
 HEADS, HEAD_DIM, PAGES = 2, 32, 3
 
 
@@ -48,7 +51,8 @@ def attributes_of(op_type: str, scheme: Scheme, role: str = "key", **options: An
 def sizes(scheme: Scheme, role: str) -> dict[str, int]:
     codec, page = scheme.role(role), scheme.page_size
     return {
-        **{"B": 3, "H": HEADS, "Hq": 4, "T": 5, "D": HEAD_DIM, "P": page, "M": PAGES, "M*P": PAGES * page},
+        **{"B": 3, "H": HEADS, "Hq": 4, "T": 5, "D": HEAD_DIM, "M": PAGES, "M*P": PAGES * page},
+        "P+N": page + codec.sink_tokens,
         "S": codec.secondaries,
         "2^r": 2**codec.radius_bits,
         "W": words_per_token(codec, HEAD_DIM),
@@ -172,9 +176,12 @@ WRONG_ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"page_size": 48}, "attribute 'page_size' is 48, no power of two"),
     ({"plugin_version": "2"}, "attribute 'plugin_version' is '2', expected '1'"),
     ({"plugin_namespace": 1}, "attribute 'plugin_namespace' is 1, expected str"),
-    ({"format_version": 0}, "cache format 0"),
+    ({"format_version": 1}, "cache format 1, but this hqmq-trt has 2"),
     ({"has_sinks": 1}, "inputs, its attributes ask for"),
     ({"k_outlier_capacity": 7}, "inputs, its attributes ask for"),
+    ({"k_sink_tokens": None}, "attribute 'k_sink_tokens' is missing"),
+    ({"v_sink_tokens": 9}, "attribute 'v_sink_tokens' is 9, outside 0…8"),
+    ({"v_sink_tokens": 0}, "value_tail': dimension value_P\\+N is 68, but 64 of page_size and v_sink_tokens"),
 ]
 
 
@@ -197,7 +204,7 @@ WRONG_TENSORS: list[tuple[str, str, NodeTensor, str]] = [
     ("inputs", "key_scales", NodeTensor(None, (3, 2, 192, 2)), "input 'key_scales' has shape"),
     ("inputs", "key_levels", NodeTensor(None, (8,)), "dimension key_2\\^r is 8, but 16 of radius_bits"),
     ("inputs", "value_codes", NodeTensor(None, (3, 2, 192, 5)), "W is 5"),
-    ("inputs", "key_tail", NodeTensor(None, (3, 2, 32, 32)), "dimension P is 32, but 64 of page_size"),
+    ("inputs", "key_tail", NodeTensor(None, (3, 2, 64, 32)), "key_P\\+N is 64, but 68 of page_size and k_sink_tokens"),
     ("inputs", "key_mean", NodeTensor(None, (3, 2, 4, 32)), "192 rows and 4 pages"),
 ]
 

@@ -37,8 +37,8 @@ class Node:
         )
         cache: list[tuple[str, str, list[Any]]] = []
         for spec in specs:
-            grows = spec.name != "tail"
-            cache.append((spec.name, spec.dtype, ["B", HEADS, None if grows else page_size, *spec.shape[3:]]))
+            rows = spec.shape[2] if spec.name == "tail" else None
+            cache.append((spec.name, spec.dtype, ["B", HEADS, rows, *spec.shape[3:]]))
         lengths: list[tuple[str, str, list[Any]]] = [("past_length", "int32", ["B"]), ("new_length", "int32", ["B"])]
         inputs: list[tuple[str, str, list[Any]]]
         if op_type == contract.QUANTIZE:
@@ -92,6 +92,7 @@ CASES = [
     ("hq4@p8", 64, "key"),
     ("hq4@p8", 16, "value"),
     ("hq3@p16", 64, "key"),
+    ("hq:s21_r3-sinks@p16", 64, "key"),
     ("hq3.5@p8", 32, "key"),
     ("hq5@p8", 16, "value"),
     ("paper:s96_r4+med3@p16", 64, "key"),
@@ -173,11 +174,13 @@ def test_nan_stays_nan(scheme: str) -> None:
     quantize, dequantize = (Node(op, role, page, head_dim) for op in (contract.QUANTIZE, contract.DEQUANTIZE))
     book = codebook_of(role, "key")
     x = torch.randn(1, HEADS, page, head_dim)
-    x[0, 1, 3, 5] = float("nan")
+    x[0, 1, 3:7:3, 5] = float("nan")  # a sink token and a coded one
     empty = oracle.empty_cache(role, page, head_dim, HEADS, 1, 1)
     zero, count = torch.zeros(1, dtype=torch.int32), torch.tensor([page], dtype=torch.int32)
     cache = quantize(x, zero, count, *book, *empty.values())
     expected = oracle.quantize(x, zero, count, role, book[0], book[1], empty)
     for name, tensor in zip(expected, cache, strict=True):
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True)
-    assert dequantize(count, *book, *cache)[0][0, 1, 3].isnan().all()
+    dense = dequantize(count, *book, *cache)[0]
+    assert dense[0, 1, 6].isnan().all()
+    assert dense[0, 1, 3].isnan().sum() == (1 if role.sink_tokens else head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from hqmq_trt import codebooks, native
 from hqmq_trt.format import FORMAT_VERSION
@@ -28,6 +29,11 @@ def test_bytes_are_the_golden_ones(name: str, role: str, writer: str) -> None:
         cache = oracle_quantize(golden_input(), lengths(0), lengths(TOKENS), codec, book, cache)
     else:
         native.append(golden_input(), lengths(0), lengths(TOKENS), codec, book, list(cache.values()))
+    page, tail = scheme.page_size, cache["tail"][0, 0]
+    for t in range(TOKENS):
+        if t >= TOKENS - page:
+            assert torch.equal(tail[t % page], golden_input()[0, 0, t])
+    assert torch.equal(tail[page:], golden_input()[0, 0, : codec.sink_tokens])
     with np.load(golden_file(name, role)) as golden:
         assert int(golden["format_version"]) == FORMAT_VERSION
         assert golden["codebook"].tolist() == [codebooks.digest(part.numpy()) for part in book]

@@ -65,7 +65,7 @@ def test_bytes_of_a_step_are_those_of_full_pages_and_the_tail() -> None:
     case = Ours(shape, "hq3", CPU)
     words, pages, rest = 6, 4, 32  # 12 bits for each of 16 chunks; 256 + 32 tokens, 4 pages of 64
     key, value = 64 * (4 * words + 2) + 2 * 64, 64 * (4 * words + 2)
-    expected = 2 * 2 * (pages * (key + value) + 2 * rest * 2 * 64) + 2 * 2 * 4 * 64 * 2
+    expected = 2 * 2 * (pages * (key + value) + 2 * (rest + 4) * 2 * 64) + 2 * 2 * 4 * 64 * 2
     assert case.bytes_read() == expected
     outliers = Ours(shape, "paper:s96_r4+med3", CPU)
     share = outliers.outlier_share()

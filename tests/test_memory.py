@@ -42,7 +42,7 @@ def test_hq_bytes(scheme: str, secondaries: int, radius: int) -> None:
         "codes": 2 * vectors * pages * page * words * 4,
         "scales": 2 * vectors * pages * page * 2,
         "mean": vectors * pages * dim * 2,
-        "tail": 2 * vectors * page * dim * 2,
+        "tail": 2 * vectors * (page + 4) * dim * 2,
         "codebooks": 2 * layers * (heads * secondaries * 16 + 4 * 2**radius),
     }
     assert row["bytes"] == sum(row["by_kind"].values())

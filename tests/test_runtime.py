@@ -60,6 +60,7 @@ def test_past_and_present_are_one_buffer(tiny_export: Export) -> None:
     assert not codes[0, :, 2 * PAGE :].any()
     assert not codes[1].any()
     assert tail[1, :, :7].any(-1).all()
+    assert np.array_equal(tail[1, :, PAGE:], tail[1, :, :4])  # 7 tokens: the first four are in both places
     assert session.lengths.tolist() == [40, 7]
 
 

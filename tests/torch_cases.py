@@ -17,6 +17,8 @@ SCHEMES = [
     ("hq4@p32", 64),
     ("hq3@p16", 128),
     ("k=hq4,v=hq3.5@p16", 64),
+    ("k=hq4,v=paper:s8_r3@p8", 16),  # sink tokens of K only
+    ("hq:s170_r4-sinks@p16", 32),
     ("paper:s8_r3+med3@p8", 16),
     ("k=paper:s5_r2,v=fp16@p16", 24),
     ("fp16@p8", 32),

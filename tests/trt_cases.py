@@ -38,7 +38,7 @@ def nodes() -> Iterator[tuple[str, str, dict[str, Attribute]]]:
 def _sizes(scheme: Scheme, role: str) -> dict[str, int]:
     codec, page = scheme.role(role), scheme.page_size
     return {
-        **{"B": BATCH, "H": HEADS, "Hq": QUERY_HEADS, "T": TOKENS, "D": HEAD_DIM, "P": page},
+        **{"B": BATCH, "H": HEADS, "Hq": QUERY_HEADS, "T": TOKENS, "D": HEAD_DIM, "P+N": page + codec.sink_tokens},
         **{"M": PAGES, "M*P": PAGES * page, "S": codec.secondaries, "2^r": 2**codec.radius_bits},
         "W": words_per_token(codec, HEAD_DIM),
         "U": mask_words(HEAD_DIM, page),

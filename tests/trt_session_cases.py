@@ -37,7 +37,7 @@ def text(count: int, seed: int = 0) -> list[int]:
 
 
 def caches(session: Session, sequence: int, length: int) -> list[NDArray[Any]]:
-    """Every cache tensor of one sequence: its full pages, and the rows of the tail in use."""
+    """Every cache tensor of one sequence: its full pages, and the rows of the tail in use, sink tokens included."""
     result = []
     for layer in range(len(session.manifest.layers)):
         for role in ROLES:
@@ -46,6 +46,7 @@ def caches(session: Session, sequence: int, length: int) -> list[NDArray[Any]]:
                 pages = length // PAGE
                 result.append(array[sequence, :, : pages * PAGE if array.shape[2] == session.max_context else pages])
             result.append(tail[sequence, :, : min(length, PAGE)])
+            result.append(tail[sequence, :, PAGE : PAGE + length])
     return result
 
 

@@ -72,7 +72,11 @@ def _quantize(o: Ops, codec: Codec) -> tuple[list[ir.Value], list[Any]]:
     last = o.Sub(_column(o, end, 2), 1)
     slot = np.arange(page, dtype=np.int64)
     newest = o.Sub(last, o.Mod(o.Sub(last, slot[None]), page))  # [B, P]: last token that goes to this slot
-    is_new = o.GreaterOrEqual(newest, _column(o, first, 2))
+    if codec.sink_tokens:
+        # Rows P… belong to one token each, whether it is new, held or still to come.
+        sink = o.Add(o.Mul(last, 0), np.arange(codec.sink_tokens, dtype=np.int64)[None])
+        newest = o.Concat(newest, sink, axis=1)  # [B, P+N]
+    is_new = o.And(o.GreaterOrEqual(newest, _column(o, first, 2)), o.LessOrEqual(newest, last))
     moved = o.Transpose(gather(o, newest, 2), perm=[0, 2, 1, 3])
     tail = o.Where(o.Unsqueeze(is_new, [1, 3]), moved, past[-1])
 
@@ -83,7 +87,7 @@ def _quantize(o: Ops, codec: Codec) -> tuple[list[ir.Value], list[Any]]:
         then.Mul(then.Add(_column(then, first_page, 3), _range3(then, filled)), page), slot[None, None]
     )  # [B, K, P]: tokens of the pages that may fill
     held = then.Unsqueeze(then.Less(token, _column(then, first, 3)), [3, 4])
-    old = then.Unsqueeze(then.Transpose(past[-1], perm=[0, 2, 1, 3]), [1])
+    old = then.Unsqueeze(then.Transpose(_ring(then, past[-1], codec), perm=[0, 2, 1, 3]), [1])
     pages = then.Where(held, old, gather(then, token, 3))  # [B, K, P, H, D]
     pages = then.Reshape(then.Transpose(pages, perm=[3, 0, 1, 2, 4]), [codec.heads, -1, page, codec.head_dim])
     if codec.packed:
@@ -101,6 +105,11 @@ def _quantize(o: Ops, codec: Codec) -> tuple[list[ir.Value], list[Any]]:
         outputs=len(made),
     )
     return [x, past_length, new_length, *codebook, *past], [*(stored if len(made) > 1 else [stored]), tail]
+
+
+def _ring(o: Ops, tail: Any, codec: Codec) -> Any:
+    """The rows of a tail [B, H, P+N, D] that hold the last P tokens."""
+    return o.Slice(tail, [0], [codec.page_size], [2]) if codec.sink_tokens else tail
 
 
 def _zero() -> Any:
@@ -144,11 +153,15 @@ def _dequantize(o: Ops, codec: Codec) -> tuple[list[ir.Value], list[Any]]:
     held = o.Unsqueeze(o.to(length, INT64), [1, 2, 3])
     row = o.Unsqueeze(o.Range(_zero(), o.Squeeze(capacity), _one()), [0, 1, 3])
     # Row t of the tail is token t mod P of the page that is not full.
-    tail = o.Expand(
-        o.Unsqueeze(o.to(cache["tail"], FLOAT), [2]), o.Concat([1, 1], o.Div(capacity, page), [1, 1], axis=0)
-    )
+    stored = o.to(cache["tail"], FLOAT)
+    tail = o.Expand(o.Unsqueeze(_ring(o, stored, codec), [2]), o.Concat([1, 1], o.Div(capacity, page), [1, 1], axis=0))
     tail = o.Reshape(tail, o.Shape(x))
     full = o.Mul(o.Div(held, page), page)
+    if codec.sink_tokens:
+        # Row P + t is token t, exactly, of what page 0 codes too; past the N of them, any row.
+        place = o.Min(o.Add(o.Range(_zero(), o.Squeeze(capacity), _one()), page), page + codec.sink_tokens - 1)
+        sink = o.Gather(stored, place, axis=2)
+        x = o.Where(o.Less(row, codec.sink_tokens), sink, x)
     x = o.Where(o.Less(row, full), x, o.Where(o.Less(row, held), tail, 0.0))
     return [length, *codebook, *cache.values()], [x]
 

@@ -21,6 +21,7 @@ class Codec:
     hadamard: int
     page_mean: int
     outlier_capacity: int
+    sink_tokens: int
     page_size: int
     heads: int
     head_dim: int
@@ -28,10 +29,19 @@ class Codec:
 
     @staticmethod
     def of(node: ir.Node) -> Codec:
-        """Read a node whose last input is the tail [B, H, P, D] and whose codebook comes before the cache."""
+        """Read a node whose last input is the tail [B, H, P+N, D] and whose codebook comes before the cache."""
         number = {
             name: node.attributes[name].as_int()
-            for name in ("storage", "gain", "radius_bits", "hadamard", "page_mean", "outlier_capacity", "page_size")
+            for name in (
+                "storage",
+                "gain",
+                "radius_bits",
+                "hadamard",
+                "page_mean",
+                "outlier_capacity",
+                "sink_tokens",
+                "page_size",
+            )
         }
         tail = node.inputs[-1]
         assert tail is not None
@@ -45,11 +55,12 @@ class Codec:
     @property
     def name(self) -> str:
         """Overload of the functions for this codec."""
-        if not self.packed:
-            return f"fp16_h{self.heads}_d{self.head_dim}_p{self.page_size}"
-        parts = [f"s{self.secondaries}_r{self.radius_bits}", "rms" if self.rms else "max"]
-        parts += ["hadamard"] * self.hadamard + ["mean"] * self.page_mean
-        parts += [f"med3x{self.outlier_capacity}"] if self.outlier_capacity else []
+        parts = ["fp16"]
+        if self.packed:
+            parts = [f"s{self.secondaries}_r{self.radius_bits}", "rms" if self.rms else "max"]
+            parts += ["hadamard"] * self.hadamard + ["mean"] * self.page_mean
+            parts += [f"med3x{self.outlier_capacity}"] if self.outlier_capacity else []
+        parts += [f"sinks{self.sink_tokens}"] if self.sink_tokens else []
         return "_".join([*parts, f"h{self.heads}_d{self.head_dim}_p{self.page_size}"])
 
     @property

@@ -28,7 +28,7 @@ class Recording:
     """What the cache of a PyTorch run held, feed by feed, for one sequence.
 
     Attributes:
-        tails: before each feed, the tails [1, H, P, D] of every layer by role.
+        tails: before each feed, the tails [1, H, P+N, D] of every layer by role.
         final: after the last feed, all tensors of every layer by role (hqmq_trt.format.cache_tensors). Rows of full
             pages never change, so they serve for every feed.
 

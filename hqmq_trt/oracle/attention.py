@@ -26,8 +26,9 @@ def attention(
 ) -> tuple[Tensor, tuple[Cache, Cache]]:
     """Output float32 [B, Hq, T, D] and the present (key, value) caches.
 
-    The query at position t sees pages before its own page as the cache codes them, and the tokens of its own page
-    up to t exactly (as fp16). q: [B, Hq, T, D]; k, v: [B, Hkv, T, D]; lengths: int32 [B]; sinks: [Hq].
+    The query at position t sees pages before its own page as the cache codes them, but the first N tokens of the
+    sequence (sink_tokens) and the tokens of its own page up to t exactly (as fp16). q: [B, Hq, T, D]; k, v:
+    [B, Hkv, T, D]; lengths: int32 [B]; sinks: [Hq].
     window > 0 keeps keys j > t - window. Rows at and past new_length are 0.
     """
     page_size = scheme.page_size

@@ -32,23 +32,30 @@ def quantize(
 ) -> Cache:
     """Append `new_length[b]` tokens of x [B, H, T, D] to a cache that holds `past_length[b]`; the present cache.
 
-    Pages that fill are coded from their own tokens; row t mod P of the tail always holds the last such token.
+    Pages that fill are coded from their own tokens; row t mod P of the tail always holds the last such token, row P + t
+    token t of the first N (role.sink_tokens), which page 0 codes like any other.
     codebook: float32 [H, S, 4]; levels: float32 [2^r].
     """
     present = {name: tensor.clone() for name, tensor in past.items()}
-    page_size = past["tail"].shape[2]
+    page_size = _page_size(past, role)
     for b in range(x.shape[0]):
         first, count = int(past_length[b]), int(new_length[b])
         for t in range(first, first + count):
             present["tail"][b, :, t % page_size] = x[b, :, t - first].half()
+            if t < role.sink_tokens:
+                present["tail"][b, :, page_size + t] = x[b, :, t - first].half()
             if t % page_size == page_size - 1:
                 for head in range(x.shape[1]):
                     _store(present, b, head, t // page_size, role, codebook, levels)
     return present
 
 
+def _page_size(cache: Cache, role: RoleScheme) -> int:
+    return cache["tail"].shape[2] - role.sink_tokens
+
+
 def _store(cache: Cache, b: int, head: int, page: int, role: RoleScheme, codebook: Tensor, levels: Tensor) -> None:
-    tokens = cache["tail"][b, head]
+    tokens = cache["tail"][b, head, : _page_size(cache, role)]
     rows = slice(page * len(tokens), (page + 1) * len(tokens))
     if not role.packed:
         cache["codes"][b, head, rows] = tokens.contiguous().view(torch.int32)
@@ -69,7 +76,7 @@ def _store(cache: Cache, b: int, head: int, page: int, role: RoleScheme, codeboo
 
 
 def _load(cache: Cache, b: int, head: int, page: int, role: RoleScheme, codebook: Tensor, levels: Tensor) -> Tensor:
-    page_size, head_dim = cache["tail"].shape[2:]
+    page_size, head_dim = _page_size(cache, role), cache["tail"].shape[3]
     rows = slice(page * page_size, (page + 1) * page_size)
     words = cache["codes"][b, head, rows]
     if not role.packed:
@@ -92,8 +99,10 @@ def _load(cache: Cache, b: int, head: int, page: int, role: RoleScheme, codebook
 
 
 def dequantize(cache: Cache, length: Tensor, role: RoleScheme, codebook: Tensor, levels: Tensor) -> Tensor:
-    """K or V as the cache stores it, float32 [B, H, M*P, D]: full pages from codes, the rest from the tail, then 0."""
-    batch, heads, page_size, head_dim = cache["tail"].shape
+    """K or V as the cache stores it, float32 [B, H, M*P, D]: full pages from codes but for the first N tokens, the rest
+    from the tail, then 0."""
+    batch, heads, _, head_dim = cache["tail"].shape
+    page_size = _page_size(cache, role)
     out = torch.zeros(batch, heads, cache["codes"].shape[2], head_dim)
     for b in range(batch):
         full, rest = divmod(int(length[b]), page_size)
@@ -102,5 +111,7 @@ def dequantize(cache: Cache, length: Tensor, role: RoleScheme, codebook: Tensor,
                 rows = slice(page * page_size, (page + 1) * page_size)
                 out[b, head, rows] = _load(cache, b, head, page, role, codebook, levels)
             start = full * page_size
+            exact = min(role.sink_tokens, start)
+            out[b, head, :exact] = cache["tail"][b, head, page_size : page_size + exact].float()
             out[b, head, start : start + rest] = cache["tail"][b, head, :rest].float()
     return out

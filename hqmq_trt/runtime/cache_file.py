@@ -1,6 +1,6 @@
 """A session's cache in a file: safetensors, the same for every runtime. numpy only.
 
-Tensor ``{sequence}.{layer}.{role}.{name}`` holds [H, rows, …] of one sequence: of ``tail`` all P rows, of the others
+Tensor ``{sequence}.{layer}.{role}.{name}`` holds [H, rows, …] of one sequence: of ``tail`` all rows, of the others
 the full pages. The metadata names the model, the format and the lengths, and carries a sha256 of all tensors, as
 safetensors has no checksum of its own.
 """

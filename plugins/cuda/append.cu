@@ -15,8 +15,9 @@ struct TailsJob {
   int32_t rows;
 };
 
-// WriteTail of each new token, or of those that may be kept or lost where EncodePages counts the
-// others: `rows` warps a sequence and head. Rows of the grid: roles.
+// WriteTail of each new token, or of those that may be kept (in the last P rows or the first N) or
+// lost where EncodePages counts the others: `rows` warps a sequence and head. Rows of the grid:
+// roles.
 __global__ void __launch_bounds__(kThreads, 4)
     WriteTailsKernel(const __grid_constant__ TailsJob tails) {
   const AppendJob& job = tails.whole.append;
@@ -24,15 +25,17 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t lane = row / tails.rows;
   if (lane >= static_cast<int64_t>(job.call.batch) * job.call.heads) return;
   const int b = static_cast<int>(lane / job.call.heads), role = blockIdx.y;
-  const int p = job.view[role].role.page_size;
+  const RoleParams& params = job.view[role].role;
+  const int p = params.page_size;
   const Span span = SpanOf(job.call, p, b);
-  int i = static_cast<int>(row % tails.rows);
-  bool first = i == 0;
-  if (tails.whole.fast[role]) i += max(0, span.end - p - span.past);
-  for (; i < span.end + span.lost - span.past; i += tails.rows) {
-    WriteTail(tails.whole, role, b, static_cast<int>(lane % job.call.heads), i, first,
+  // New tokens whose row later ones take, and the first of them that have another row.
+  const int passed = tails.whole.fast[role] ? max(0, span.end - p - span.past) : 0;
+  const int sinks = min(passed, max(0, params.sink_tokens - span.past));
+  for (int n = static_cast<int>(row % tails.rows);; n += tails.rows) {
+    const int i = n < sinks ? n : n - sinks + passed;
+    if (i >= span.end + span.lost - span.past) return;
+    WriteTail(tails.whole, role, b, static_cast<int>(lane % job.call.heads), i, n == 0,
               threadIdx.x % kWarp);
-    first = false;
   }
 }
 
@@ -75,8 +78,8 @@ Status WriteTails(const AppendJob& append, cudaStream_t stream) {
   if (Status status = CurrentGpu(&gpu); !status.ok()) return status;
   TailsJob job = {MakeJob(append, gpu), 1};
   for (int i = 0; i < append.roles; ++i) {
-    const int p = append.view[i].role.page_size, t = append.call.tokens;
-    job.rows = std::max(job.rows, job.whole.fast[i] ? std::min(p, t) : t);
+    const int kept = TailRows(append.view[i].role), t = append.call.tokens;
+    job.rows = std::max(job.rows, job.whole.fast[i] ? std::min(kept, t) : t);
   }
   const int64_t rows = static_cast<int64_t>(append.call.batch) * append.call.heads * job.rows;
   const int64_t blocks = (rows * kWarp + kThreads - 1) / kThreads;

@@ -30,9 +30,37 @@ __device__ __forceinline__ void LoadExactTile(const RoleView& view, const Span& 
   for (int i = threadIdx.x; i < count * d; i += blockDim.x) {
     const int t = i / d, element = i - t * d;
     tile[t * stride + element] =
-        first + t < span.end ? FloatFromHalf(TokenHalf(view, span, b, h, lane, first + t, element))
-                             : 0.0f;
+        first + t < span.end
+            ? FloatFromHalf(TokenHalf(view, span, b, h, lane, first + t, element, true))
+            : 0.0f;
   }
+}
+
+// The first sink_tokens of a sequence, of a page that is read from its codes → rows of the page's
+// first tile, as fp16 holds them but rotated as codes are. Not inlined: it is rarely needed.
+inline __device__ __noinline__ void LoadSinks(const RoleView& view, Span span, int b, int h,
+                                              int64_t lane, float* tile, int stride) {
+  const RoleParams& role = view.role;
+  const int d = role.head_dim, warp_lane = threadIdx.x % kWarp;
+  for (int t = threadIdx.x / kWarp; t < role.sink_tokens; t += kAttentionWarps) {
+    float* row = tile + t * stride;
+    for (int i = warp_lane; i < d; i += kWarp)
+      row[i] = FloatFromHalf(TokenHalf(view, span, b, h, lane, t, i, false));
+    __syncwarp();
+    if (role.hadamard) WarpHadamard(row, d, view.hadamard_scale, warp_lane);
+  }
+}
+
+// Tokens first…first+count-1 of a coded page → tile, rotated as codes are. Page 0 is full when it
+// is read so, and its first tile has all sink_tokens.
+__device__ __forceinline__ void LoadCodedTile(const RoleView& view, const Span& span, int b, int h,
+                                              int64_t lane, int num_pages, int first, int count,
+                                              float* tile, int stride, OutlierScratch* scratch) {
+  const int p = view.role.page_size;
+  DecodeTile<false>(view, lane * num_pages + first / p, h, first % p, count, tile, stride, scratch);
+  if (first >= view.role.sink_tokens) return;
+  __syncthreads();
+  LoadSinks(view, span, b, h, lane, tile, stride);
 }
 
 // The rows of one warp.
@@ -230,11 +258,11 @@ __global__ void __launch_bounds__(kAttentionThreads, R == 1   ? 4
 
     rows.Clear();
     for (int first = begin & ~(step - 1); first < end; first += step) {
-      const int64_t page = lane * job.call.num_pages + first / p;
       if (own) {
         LoadExactTile(job.key, span, b, h, lane, first, step, tile, stride);
       } else {
-        DecodeTile<false>(job.key, page, h, first % p, step, tile, stride, &outliers);
+        LoadCodedTile(job.key, span, b, h, lane, job.call.num_pages, first, step, tile, stride,
+                      &outliers);
       }
       __syncthreads();
       const int sees = ScoreTile(job, own, first, step, tile, stride, q, weights, warp_lane, &rows);
@@ -242,7 +270,8 @@ __global__ void __launch_bounds__(kAttentionThreads, R == 1   ? 4
       if (own) {
         LoadExactTile(job.value, span, b, h, lane, first, step, tile, stride);
       } else {
-        DecodeTile<false>(job.value, page, h, first % p, step, tile, stride, &outliers);
+        LoadCodedTile(job.value, span, b, h, lane, job.call.num_pages, first, step, tile, stride,
+                      &outliers);
       }
       __syncthreads();
       if (sees == 1) AddTile<true>(tile, stride, step, d, weights, warp_lane, &rows);

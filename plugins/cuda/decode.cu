@@ -97,6 +97,8 @@ bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
     if (role->outlier_capacity > 0) return Refuse(why, "a role has Med3x outliers");
   }
   if (job.value.role.page_mean) return Refuse(why, "V has page means");
+  if (job.key.role.sink_tokens != job.value.role.sink_tokens)
+    return Refuse(why, "K and V keep different numbers of first tokens exact");
   const Cut cut = CutOf(job);
   if (cut.problems * cut.splits > 1 << 30) return Refuse(why, "the batch is too large");
   if (!FindInstance(job))

@@ -19,6 +19,8 @@ constexpr int kDecodeThreads = kDecodeWarps * kWarp;
 constexpr int kMostDecodeTokens = 8;  // T
 constexpr int kDecodeTile = 16;       // tokens of a tile: the rows of an MMA
 constexpr int kDecodeRows = 8;        // query rows of a problem: the columns of an MMA
+// The first tokens of a sequence that are exact lie in tile 0.
+static_assert(kMaxSinkTokens <= kDecodeTile, "one tile hides them");
 // Warps of the last split of a problem that take the tokens held exactly instead of coded tiles.
 constexpr int kOwnWarps = 4;
 // Blocks that one sequence is cut into over all its heads: the multiprocessors of an H100. A

@@ -23,9 +23,10 @@ struct DecodeBlock {
   // Of the problem.
   static constexpr bool kSharedQuery = D * kColumns > 1024;
   std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
-  float factor[2];       // from sums of products to scores in base 2, by column
-  float mean_score[2];   // scores of the page's mean
-  int seen, seen_count;  // first tile whose keys are seen by all rows, and how many there are
+  float factor[2];      // from sums of products to scores in base 2, by column
+  float mean_score[2];  // scores of the page's mean
+  // First tile whose keys are all seen by all rows as codes, and how many there are.
+  int seen, seen_count;
 
   __device__ __forceinline__ void LoadProblem(const DecodeJob& job, const Problem& p,
                                               DecodeShared<D>* shared, int warp, int lane) {
@@ -42,7 +43,8 @@ struct DecodeBlock {
       factor[i] = a.scale * 1.44269504f * shared->factor[1][row];
       mean_score[i] = 0.0f;
     }
-    seen = (OldestKey(p.last_time, a.window) + kDecodeTile - 1) / kDecodeTile;
+    const int oldest = max(OldestKey(p.last_time, a.window), a.key.role.sink_tokens);
+    seen = (oldest + kDecodeTile - 1) / kDecodeTile;
     seen_count = max((p.first_time & ~(a.key.role.page_size - 1)) / kDecodeTile - seen, 0);
   }
 
@@ -126,7 +128,8 @@ struct DecodeBlock {
         const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
         const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
         const int t = tile * kDecodeTile + first_token + 8 * (c / 2);
-        if (t < OldestKey(time, a.window) || t >= page) {
+        // The first tokens of the sequence are among the exact ones.
+        if (t < OldestKey(time, a.window) || t < a.key.role.sink_tokens || t >= page) {
           score[c] = MinusInfinity();
           scale[c] = 0.0f;
         }

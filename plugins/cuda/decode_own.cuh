@@ -1,4 +1,5 @@
-// The tokens that a query sees exactly: those of its own page, from the tail and from the call.
+// The tokens that a query sees exactly, from the tail and from the call: those of its own page and
+// the first ones of the sequence (sink_tokens, of K and V alike).
 #pragma once
 
 #include "decode_rows.cuh"
@@ -8,16 +9,44 @@
 namespace hqmq {
 namespace cuda {
 
-// fp16 row of token t of one role (0: K, 1: V), null after the last one that a row sees.
+// The exact tokens of a problem's rows as a list of slots: a slot for each token of their own
+// pages, and before them one for each of the first tokens of the sequence, if a row of a later page
+// than page 0 sees any.
+struct OwnSlots {
+  int begin;  // first token of the own pages, and its slot
+  int first;  // slot
+
+  __device__ __forceinline__ OwnSlots(const DecodeJob& job, const Problem& p) {
+    const AttentionJob& a = job.attention;
+    const int page_size = a.key.role.page_size, count = a.key.role.sink_tokens;
+    begin = p.first_time & ~(page_size - 1);
+    const bool any = p.last_time >= page_size && OldestKey(p.first_time, a.window) < count;
+    first = any ? begin - count : begin;
+  }
+  __device__ __forceinline__ int Token(int slot) const {
+    return slot < begin ? slot - first : slot;
+  }
+  // Whether the row at position `time` sees a slot.
+  __device__ __forceinline__ bool Sees(const AttentionJob& a, int time, int slot) const {
+    const int page = time & ~(a.key.role.page_size - 1);
+    const bool given = slot < begin ? page > 0 : slot >= page && slot <= time;
+    return given && Token(slot) >= OldestKey(time, a.window);
+  }
+};
+
+// fp16 row of a slot of one role (0: K, 1: V), null after the last one that a row sees.
 template <int D>
 __device__ __forceinline__ const uint16_t* OwnRow(const DecodeJob& job, const Problem& p, int role,
-                                                  const DecodeShared<D>& shared, int t) {
-  if (t > p.last_time) return nullptr;
+                                                  const DecodeShared<D>& shared,
+                                                  const OwnSlots& slots, int slot) {
+  if (slot > p.last_time) return nullptr;
+  const int t = slots.Token(slot);
   if (t >= p.span.past) return shared.fresh[role][t - p.span.past];
   const RoleView& view = role ? job.attention.value : job.attention.key;
   const int page_size = view.role.page_size;
+  const int row = slot < slots.begin ? page_size + t : t & (page_size - 1);
   const int64_t sequence = static_cast<int64_t>(p.b) * job.attention.call.heads + p.h;
-  return view.cache.tail + (sequence * page_size + (t & (page_size - 1))) * D;
+  return view.cache.tail + (sequence * TailRows(view.role) + row) * D;
 }
 
 __device__ __forceinline__ uint4 LoadOwn(const uint16_t* row, int element) {
@@ -46,8 +75,7 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
                                           LaneRows<D, kColumns>* rows) {
   const AttentionJob& a = job.attention;
   const int r = lane >> 2, j = lane & 3;
-  const int page_size = a.key.role.page_size;
-  const int begin = p.first_time & ~(page_size - 1);
+  const OwnSlots slots(job, p);
   QueryLane<D, kColumns> query;
   query.Load(*shared, 0, lane);
   float factor[2];
@@ -59,18 +87,18 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
     time[i] = RowTime(job, p, p.row + row);
   }
   bool bad = false;
-  for (int tile = begin + own_warp * kDecodeTile; tile <= p.last_time;
+  for (int tile = slots.first + own_warp * kDecodeTile; tile <= p.last_time;
        tile += kOwnWarps * kDecodeTile) {
     float score[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    const uint16_t* k0 = OwnRow(job, p, 0, *shared, tile + r);
-    const uint16_t* k1 = OwnRow(job, p, 0, *shared, tile + r + 8);
+    const uint16_t* k0 = OwnRow(job, p, 0, *shared, slots, tile + r);
+    const uint16_t* k1 = OwnRow(job, p, 0, *shared, slots, tile + r + 8);
     // Half of V's rows arrive while K's products are made, where registers allow.
     constexpr int kLoads = (D / 32 + 1) / 2;
     uint4 v[2][2][kLoads];
     const auto load_values = [&](int half) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint16_t* from = OwnRow(job, p, 1, *shared, tile + 2 * j + n + 8 * half);
+        const uint16_t* from = OwnRow(job, p, 1, *shared, slots, tile + 2 * j + n + 8 * half);
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) v[half][n][i] = LoadOwn(from, r * (D / 8) + 8 * i);
       }
@@ -84,12 +112,9 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int t = tile + r + 8 * (k / 2);
-      const int page = time[k & 1] & ~(page_size - 1);
       score[k] *= factor[k & 1];
       if (job.cap > 0.0f) score[k] = Capped(score[k], job.cap, job.per_cap);
-      if (t < OldestKey(time[k & 1], a.window) || t < page || t > time[k & 1])
-        score[k] = MinusInfinity();
+      if (!slots.Sees(a, time[k & 1], tile + r + 8 * (k / 2))) score[k] = MinusInfinity();
     }
     uint32_t weight[kColumns / 2][2];
     const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
@@ -113,12 +138,12 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
 template <int D>
 __device__ __noinline__ float BadValues(const DecodeJob& job, const Problem& p,
                                         const DecodeShared<D>& shared, int row, int element) {
-  const AttentionJob& a = job.attention;
-  const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
-  const int oldest = OldestKey(time, a.window);
+  const int time = RowTime(job, p, p.row + row);
+  const OwnSlots slots(job, p);
   float sum = 0.0f;
-  for (int t = page > oldest ? page : oldest; t <= time; ++t) {
-    const uint16_t x = OwnRow(job, p, 1, shared, t)[element];
+  for (int slot = slots.first; slot <= time; ++slot) {
+    if (!slots.Sees(job.attention, time, slot)) continue;
+    const uint16_t x = OwnRow(job, p, 1, shared, slots, slot)[element];
     if (!IsFiniteHalf(x)) sum += FloatFromHalf(x);
   }
   return sum;

@@ -189,8 +189,8 @@ __device__ void CopyPage(const RoleView& view, const Span& span, int b, int h, i
   const int half_dim = view.role.head_dim / 2;
   for (int i = threadIdx.x; i < view.role.page_size * half_dim; i += kThreads) {
     const int t = first + i / half_dim, element = 2 * (i % half_dim);
-    const uint32_t low = TokenHalf(view, span, b, h, lane, t, element);
-    const uint32_t high = TokenHalf(view, span, b, h, lane, t, element + 1);
+    const uint32_t low = TokenHalf(view, span, b, h, lane, t, element, true);
+    const uint32_t high = TokenHalf(view, span, b, h, lane, t, element + 1, true);
     codes[i] = static_cast<int32_t>(low | high << 16);
   }
 }
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int t = warp; t < p; t += kWarps) {
     float* row = x + t * d;
     for (int i = warp_lane; i < d; i += kWarp)
-      row[i] = FloatFromHalf(TokenHalf(view, span, b, h, lane, first + t, i));
+      row[i] = FloatFromHalf(TokenHalf(view, span, b, h, lane, first + t, i, true));
     __syncwarp();
     if (role.hadamard) WarpHadamard(row, d, view.hadamard_scale, warp_lane);
     if (warp_lane == 0) finite[t] = 1;

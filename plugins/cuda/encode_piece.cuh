@@ -236,7 +236,8 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
   const int group = threadIdx.x / Shape::kLanes, chunk = threadIdx.x % Shape::kLanes;
   const int group_rows = GroupRows(role), own = group_rows >> piece.shift;
   const EncodeShared places = SharedOf(role, 0);
-  const PageRows from = {view, view.cache.tail + lane * p * D,
+  const int tail_row = static_cast<int>(lane) * TailRows(role);  // fits: cuda_api.cu, CheckSizes
+  const PageRows from = {view, view.cache.tail + static_cast<int64_t>(tail_row) * D,
                          RowStart(view.x, piece.b, piece.h, 0), at * p, span.past};
   float4* rows = reinterpret_cast<float4*>(shared + places.rows);
   float* sums = reinterpret_cast<float*>(shared + places.sums);

@@ -21,7 +21,7 @@ struct RowShape {
 // HasVectors asks.
 struct PageRows {
   const RoleView& view;
-  const uint16_t* tail;  // of the lane, [P, D]
+  const uint16_t* tail;  // of the lane, its first P rows
   int64_t start;         // of the lane's new tokens in x
   int first, past;       // tokens: the page's first one, those held before the call
 

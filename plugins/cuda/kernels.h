@@ -21,8 +21,9 @@ struct AppendJob {
 };
 
 size_t AppendScratch(const RoleParams& role, int64_t lanes, int tokens);
-// A single token takes no row of a tail that anybody reads in the same call: EncodePages writes it,
-// and WriteTails does nothing.
+// A single token takes no rows of a tail that anybody reads in the same call: EncodePages writes
+// them, and WriteTails does nothing. The exact row of one of the first sink_tokens is read by
+// queries of later pages only, and the token's own query is of page 0.
 Status EncodePages(const AppendJob& job, cudaStream_t stream);
 Status WriteTails(const AppendJob& job, cudaStream_t stream);
 

@@ -18,13 +18,13 @@ __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ L
   const int64_t page = blockIdx.x, lane = page / job.num_pages;
   const int b = static_cast<int>(lane / job.heads), h = static_cast<int>(lane % job.heads);
   const int first = static_cast<int>(page % job.num_pages) * p;
+  const uint16_t* tail = view.cache.tail + TailStart(view.role, lane, 0);
   const int length = Clamp(job.length[b], 0, static_cast<int64_t>(job.num_pages) * p);
 
   if (first + p > length) {  // the open page, or beyond it
     for (int i = threadIdx.x; i < p * d; i += kThreads) {
       const int t = i / d, element = i - t * d;
-      const float value =
-          first + t < length ? FloatFromHalf(view.cache.tail[lane * p * d + i]) : 0.0f;
+      const float value = first + t < length ? FloatFromHalf(tail[i]) : 0.0f;
       StoreFloat(view.x, RowStart(view.x, b, h, first + t) + element, value);
     }
     return;
@@ -34,9 +34,16 @@ __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ L
     DecodeTile<true>(view, page, h, start, count, tile, stride, &outliers);
     __syncthreads();
     for (int t = warp; t < count; t += kThreads / kWarp) {
+      const int64_t to = RowStart(view.x, b, h, first + start + t);
+      if (first + start + t < view.role.sink_tokens) {
+        const uint16_t* row = tail + (p + first + start + t) * d;
+#pragma unroll 1
+        for (int i = warp_lane; i < d; i += kWarp)
+          StoreFloat(view.x, to + i, FloatFromHalf(row[i]));
+        continue;
+      }
       float* row = tile + t * stride;
       if (view.role.hadamard) WarpHadamard(row, d, view.hadamard_scale, warp_lane);
-      const int64_t to = RowStart(view.x, b, h, first + start + t);
       for (int i = warp_lane; i < d; i += kWarp) StoreFloat(view.x, to + i, row[i]);
     }
     __syncthreads();

@@ -1,4 +1,5 @@
-// Codes of whole pages into the fp16 tiles of prefill attention: page mean added, rotated back.
+// Codes of whole pages into the fp16 tiles of prefill attention: page mean added, rotated back; but
+// the first tokens of a sequence (sink_tokens) as they are.
 #include "decode_tile.cuh"
 #include "prefill.h"
 #include "prefill_work.cuh"
@@ -85,6 +86,21 @@ __device__ __forceinline__ void LoadChunk(const RoleView& view, int64_t page, in
   }
 }
 
+// The first tokens of a sequence, exactly, over their rows of tile 0. All threads. Apart, so that
+// the loop that decodes keeps its registers.
+__device__ __noinline__ void StoreSinks(const AttentionJob& a, const RoleView& view, int64_t lane,
+                                        uint16_t* to) {
+  const int b = static_cast<int>(lane / a.call.heads), h = static_cast<int>(lane % a.call.heads);
+  const Span span = SpanOf(a.call, view.role.page_size, b);
+  const int d = view.role.head_dim;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < view.role.sink_tokens * d; i += kThreads) {
+    const int t = i / d, element = i - t * d;
+    to[8 * TileUnit<kPrefillTile>(t, element / 8) + element % 8] =
+        TokenHalf(view, span, b, h, lane, t, element, false);
+  }
+}
+
 // A tile of one lane of the wave and role: x = tile + lane_tiles * lane, y = role.
 template <int D>
 __global__ void __launch_bounds__(kThreads)
@@ -149,6 +165,10 @@ __global__ void __launch_bounds__(kThreads)
         *reinterpret_cast<uint2*>(to + unit * 8 + (c & 1) * 4) = make_uint2(low, high);
       }
     }
+  }
+  if (first == 0 && role.sink_tokens > 0) {
+    __syncthreads();
+    StoreSinks(a, view, lane, to);
   }
 }
 

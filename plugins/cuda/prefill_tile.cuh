@@ -79,7 +79,7 @@ __device__ __forceinline__ bool LoadExact(const PrefillJob& job, const PrefillBl
       const int64_t row = RowStart(view.x, block.b, block.h, token - block.span.past);
       x = EightHalves(view.x, row, 8 * unit, d, job.wide_x[role]);
     } else if (token >= block.exact_begin && token <= block.last_time) {
-      const int64_t row = block.lane * block.page_size + (token & (block.page_size - 1));
+      const int64_t row = block.lane * TailRows(view.role) + (token & (block.page_size - 1));
       x = EightHalves(tail, row * d, 8 * unit, d, job.wide_tail[role]);
     }
     bad = bad || AnyBad(x);

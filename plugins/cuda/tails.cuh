@@ -45,7 +45,18 @@ __device__ __forceinline__ bool AnyNotFinite(uint32_t pair) {
   return (pair & 0x7C00u) == 0x7C00u || (pair & 0x7C000000u) == 0x7C000000u;
 }
 
-// One new token of one head by one warp: its row of the tail, and what the status counts; `first`:
+__device__ __forceinline__ void StoreHalves(uint16_t* to, uint2 halves, bool vector) {
+  if (vector) {
+    *reinterpret_cast<uint2*>(to) = halves;
+  } else {
+    to[0] = static_cast<uint16_t>(halves.x);
+    to[1] = static_cast<uint16_t>(halves.x >> 16);
+    to[2] = static_cast<uint16_t>(halves.y);
+    to[3] = static_cast<uint16_t>(halves.y >> 16);
+  }
+}
+
+// One new token of one head by one warp: its rows of the tail, and what the status counts; `first`:
 // of the call and head. Loads before it needs the lengths.
 __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int b, int h, int i,
                                           bool first, int warp_lane) {
@@ -61,22 +72,17 @@ __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int 
     atomicAdd(&job.status->no_page, span.lost);
   const int t = span.past + i;
   const bool kept = t < span.end && t >= span.end - p;
-  if (t >= span.end + span.lost || (!kept && !job.status)) return;
-  uint16_t* to =
-      view.cache.tail + ((static_cast<int64_t>(b) * job.call.heads + h) * p + (t & (p - 1))) * d;
+  const bool sink = t < span.end && t < view.role.sink_tokens;
+  if (t >= span.end + span.lost || (!kept && !sink && !job.status)) return;
+  const int64_t lane = static_cast<int64_t>(b) * job.call.heads + h;
+  uint16_t* to = view.cache.tail + TailStart(view.role, lane, t & (p - 1));
   bool bad = false;
   for (int k = 4 * warp_lane; k < d; k += 4 * kWarp) {
     if (k >= 4 * kWarp) halves = LoadHalves(view.x, from + k, vector);
     bad = bad || AnyNotFinite(halves.x) || AnyNotFinite(halves.y);
-    if (!kept) continue;
-    if (vector) {
-      *reinterpret_cast<uint2*>(to + k) = halves;
-    } else {
-      to[k] = static_cast<uint16_t>(halves.x);
-      to[k + 1] = static_cast<uint16_t>(halves.x >> 16);
-      to[k + 2] = static_cast<uint16_t>(halves.y);
-      to[k + 3] = static_cast<uint16_t>(halves.y >> 16);
-    }
+    if (kept) StoreHalves(to + k, halves, vector);
+    // Token t of page 0 once more: P rows after row t mod P, which is t.
+    if (sink) StoreHalves(to + p * d + k, halves, vector);
   }
   const bool counted = whole.fast[role] && job.call.tokens > 1 && t < span.end / p * p;
   if (job.status && !counted && __ballot_sync(kAllLanes, bad) && warp_lane == 0)

@@ -79,14 +79,33 @@ __device__ __forceinline__ int64_t RowStart(const Rows& x, int64_t b, int64_t h,
   return b * x.batch + h * x.head + t * x.token;
 }
 
-// Element of token t as fp16: from the tail as it was before the call, or from the new tokens.
+// A row that holds a token exactly: of the call's new tokens (`fresh`), or of the lane's tail.
+struct ExactRow {
+  int row;
+  bool fresh;
+};
+
+// Where token t of a sequence is read exactly, the tail being as it was before the call. `own`: by
+// queries of the token's own page, and to code that page. Else t is one of the first sink_tokens
+// and read by queries of later pages. Rows t mod P of the tail may then hold younger tokens.
+__device__ __forceinline__ ExactRow ExactRowOf(const RoleParams& role, const Span& span, int t,
+                                               bool own) {
+  if (t >= span.past) return {t - span.past, true};
+  return {own ? t & (role.page_size - 1) : role.page_size + t, false};
+}
+
+// First element of row `row` of the tail of a lane (sequence and head).
+__device__ __forceinline__ int64_t TailStart(const RoleParams& role, int64_t lane, int row) {
+  return (lane * TailRows(role) + row) * role.head_dim;
+}
+
+// Element of token t as fp16, from where ExactRowOf says.
 __device__ __forceinline__ uint16_t TokenHalf(const RoleView& view, const Span& span, int64_t b,
-                                              int64_t h, int64_t lane, int t, int element) {
-  if (t < span.past) {
-    const int p = view.role.page_size;
-    return view.cache.tail[(lane * p + t % p) * view.role.head_dim + element];
-  }
-  return LoadHalf(view.x, RowStart(view.x, b, h, t - span.past) + element);
+                                              int64_t h, int64_t lane, int t, int element,
+                                              bool own) {
+  const ExactRow exact = ExactRowOf(view.role, span, t, own);
+  if (exact.fresh) return LoadHalf(view.x, RowStart(view.x, b, h, exact.row) + element);
+  return view.cache.tail[TailStart(view.role, lane, exact.row) + element];
 }
 
 // Hadamard (codec/hadamard.h) of one row by one warp, in place. The row must be visible to the warp

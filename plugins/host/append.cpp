@@ -60,7 +60,7 @@ void EncodeOne(const AppendJob& job, const Page& at, const Layout& layout, const
   for (int i = 0; i < p; ++i) {
     const int64_t t = static_cast<int64_t>(at.page) * p + i;
     if (t < past) {
-      memcpy(rows + i * d, job.cache.tail + (lane * p + i) * d, d * sizeof(uint16_t));
+      memcpy(rows + i * d, job.cache.tail + (lane * TailRows(role) + i) * d, d * sizeof(uint16_t));
     } else {
       kernels.to_half(Row(job.x, at.b, at.h, t - past), job.x.dtype, d, rows + i * d);
     }
@@ -99,7 +99,13 @@ Status CheckRole(const RoleParams& role) {
   const int d = role.head_dim, p = role.page_size;
   if (p < 8 || p > 1024 || (p & (p - 1)))
     return Invalid(At("page size is not a power of two in 8…1024: ", p));
+  if (role.sink_tokens < 0 || role.sink_tokens > kMaxSinkTokens)
+    return Invalid(At("sink tokens outside 0…8: ", role.sink_tokens));
   if (role.storage == Storage::kFp16) {
+    if (role.sink_tokens != 0) {
+      return Invalid(At("storage fp16 holds every token exactly and takes no sink tokens, not ",
+                        role.sink_tokens));
+    }
     return d > 0 && d % 2 == 0 ? Status()
                                : Invalid(At("head_dim is not a positive even number: ", d));
   }
@@ -225,10 +231,12 @@ void Append(const AppendJob& job, const Threads& threads, int64_t* dropped) {
   const auto write_tail = [&](int64_t lane) {
     const int64_t b = lane / job.heads, h = lane % job.heads;
     const int64_t past = job.past_length[b], end = past + job.new_length[b];
-    for (int64_t t = std::max(past, end - p); t < end; ++t) {
-      kernels.to_half(Row(job.x, b, h, t - past), job.x.dtype, d,
-                      job.cache.tail + (lane * p + t % p) * d);
-    }
+    uint16_t* tail = job.cache.tail + lane * TailRows(role) * d;
+    const auto write = [&](int64_t t, int64_t row) {
+      kernels.to_half(Row(job.x, b, h, t - past), job.x.dtype, d, tail + row * d);
+    };
+    for (int64_t t = std::max(past, end - p); t < end; ++t) write(t, t % p);
+    for (int64_t t = past; t < std::min<int64_t>(end, role.sink_tokens); ++t) write(t, p + t);
   };
   (new_tokens * d < kSerialElements ? Serial() : threads)
       .For(static_cast<int64_t>(job.batch) * job.heads, write_tail);

@@ -180,13 +180,13 @@ void RunAttention(const AttentionRequest& request, const Threads& threads, int64
   job.key_tail = request.key.cache.tail;
   job.value_tail = request.value.cache.tail;
   if (OverwritesTail(request)) {
-    const size_t size =
-        static_cast<size_t>(request.batch) * request.heads * job.key.page_size * job.key.head_dim;
-    tails.resize(2 * size);
-    memcpy(tails.data(), job.key_tail, size * sizeof(uint16_t));
-    memcpy(tails.data() + size, job.value_tail, size * sizeof(uint16_t));
+    const size_t row = static_cast<size_t>(request.batch) * request.heads * job.key.head_dim;
+    const size_t key = row * TailRows(job.key), value = row * TailRows(job.value);
+    tails.resize(key + value);
+    memcpy(tails.data(), job.key_tail, key * sizeof(uint16_t));
+    memcpy(tails.data() + key, job.value_tail, value * sizeof(uint16_t));
     job.key_tail = tails.data();
-    job.value_tail = tails.data() + size;
+    job.value_tail = tails.data() + key;
   }
   for (const AttentionRole* role : {&request.key, &request.value}) {
     Append(AppendOf(request, *role), threads, dropped);

@@ -135,6 +135,19 @@ PageReader Open(const Block& block, const Layout& layout, bool is_key, int page,
   return out;
 }
 
+// ReadRows, but rows kept exactly take the place of what the codes hold, in the form of coded rows:
+// rotated, less the mean.
+void ReadPage(PageReader* page, const float* mean, int first, int count, int dim, float* out) {
+  ReadRows(page, first, count, dim, out);
+  const int head_dim = page->role->head_dim, end = Least(first + count, page->num_sinks);
+  for (int t = first; t < end; ++t) {
+    float* row = out + (t - first) * dim;
+    LoadHalfRow(page->sinks + t * head_dim, head_dim, row);
+    if (page->role->hadamard) HadamardRow(row, head_dim);
+    for (int d = 0; page->mean && d < head_dim; ++d) row[d] -= mean[d];
+  }
+}
+
 void AttendPage(const Block& block, const Scratch& scratch, const State& state,
                 const Layout& key_layout, const Layout& value_layout, int page) {
   const int dim = block.dim;
@@ -151,7 +164,7 @@ void AttendPage(const Block& block, const Scratch& scratch, const State& state,
     }
     for (int i = 0; i < count; i += kBlockTokens) {
       const int some = Least(kBlockTokens, count - i);
-      ReadRows(&keys, step + i, some, dim, scratch.block);
+      ReadPage(&keys, scratch.mean, step + i, some, dim, scratch.block);
       Dots(scratch.rotated, block.rows, scratch.block, some, dim, scratch.score + i, kStepTokens);
     }
     if (keys.mean) {
@@ -166,7 +179,7 @@ void AttendPage(const Block& block, const Scratch& scratch, const State& state,
     SoftmaxStep(block, scratch, state, first, count);
     for (int i = 0; i < count; i += kBlockTokens) {
       const int some = Least(kBlockTokens, count - i);
-      ReadRows(&values, step + i, some, dim, scratch.block);
+      ReadPage(&values, mean_value, step + i, some, dim, scratch.block);
       WeightedSums(scratch.score + i, kStepTokens, block.rows, scratch.block, some, dim, state.out);
     }
     if (values.mean) WeightedSums(scratch.weight, 1, block.rows, mean_value, 1, dim, state.out);
@@ -188,16 +201,17 @@ void AttendSplitInto(const Block& block, const Scratch& scratch, int split, cons
 }
 
 // Rows first…first+count-1 of the own page, exact: from the tail as it was, or from the new rows.
-void LoadOwn(const Block& block, const Rows& rows, const uint16_t* tail, int64_t first, int count,
-             float* out) {
-  const int64_t past = block.job.past_length[block.at.batch];
+void LoadOwn(const Block& block, bool is_key, int64_t first, int count, float* out) {
+  const AttentionJob& job = block.job;
+  const Rows& rows = is_key ? job.k : job.v;
+  const uint16_t* tail = (is_key ? job.key_tail : job.value_tail) +
+                         block.Sequence() * TailRows(is_key ? job.key : job.value) * block.head_dim;
+  const int64_t past = job.past_length[block.at.batch];
   for (int i = 0; i < count; ++i) {
     const int64_t token = first + i;
     float* row = out + i * block.dim;
     if (token < past) {
-      LoadHalfRow(
-          tail + (block.Sequence() * block.page_size + token % block.page_size) * block.head_dim,
-          block.head_dim, row);
+      LoadHalfRow(tail + token % block.page_size * block.head_dim, block.head_dim, row);
     } else {
       LoadRow(RowAt(rows, block.at.batch, block.at.head, token - past), rows.dtype, block.head_dim,
               row);
@@ -207,7 +221,6 @@ void LoadOwn(const Block& block, const Rows& rows, const uint16_t* tail, int64_t
 }
 
 void AttendOwn(const Block& block, const Scratch& scratch, const State& state) {
-  const AttentionJob& job = block.job;
   Clear(state, block.rows, block.dim);
   const int64_t end = block.token + block.at.count;
   for (int64_t first = block.page_start; first < end; first += kStepTokens) {
@@ -215,13 +228,13 @@ void AttendOwn(const Block& block, const Scratch& scratch, const State& state) {
     if (first + count <= block.Oldest(0)) continue;
     for (int i = 0; i < count; i += kBlockTokens) {
       const int some = Least(kBlockTokens, count - i);
-      LoadOwn(block, job.k, job.key_tail, first + i, some, scratch.block);
+      LoadOwn(block, true, first + i, some, scratch.block);
       Dots(scratch.q, block.rows, scratch.block, some, block.dim, scratch.score + i, kStepTokens);
     }
     SoftmaxStep(block, scratch, state, first, count);
     for (int i = 0; i < count; i += kBlockTokens) {
       const int some = Least(kBlockTokens, count - i);
-      LoadOwn(block, job.v, job.value_tail, first + i, some, scratch.block);
+      LoadOwn(block, false, first + i, some, scratch.block);
       WeightedSums(scratch.score + i, kStepTokens, block.rows, scratch.block, some, block.dim,
                    state.out);
     }
@@ -309,10 +322,12 @@ void Dequantize(const DequantizeJob& job, int batch, int head, int page, float* 
       for (int d = 0; reader.mean && d < role.head_dim; ++d) row[d] += mean[d];
       if (role.storage == Storage::kHqmq && role.hadamard) HadamardRow(row, role.head_dim);
     }
+    for (int t = 0; t < reader.num_sinks; ++t)
+      LoadHalfRow(reader.sinks + t * role.head_dim, role.head_dim, floats + t * dim);
   } else {
     memset(floats, 0, sizeof(float) * size * dim);
     for (int t = 0; t < valid; ++t) {
-      LoadHalfRow(job.cache.tail + (sequence * size + t) * role.head_dim, role.head_dim,
+      LoadHalfRow(job.cache.tail + (sequence * TailRows(role) + t) * role.head_dim, role.head_dim,
                   floats + t * dim);
     }
   }

@@ -45,7 +45,7 @@ struct AttentionJob {
   RoleParams key, value;
   WordTable key_table, value_table;
   RoleCache key_cache, value_cache;         // after the append
-  const uint16_t *key_tail, *value_tail;    // [B, H, P, D], as before the append
+  const uint16_t *key_tail, *value_tail;    // [B, H, P+N, D], as before the append
   Rows q, k, v, y;                          // q, y: [B, H*group, T, D]; k, v: [B, H, T, D]
   const int32_t *past_length, *new_length;  // [B]
   const float* sinks;                       // [H*group] or null

@@ -134,6 +134,8 @@ struct PageReader {
   const uint16_t* mean;      // of the page, or null
   const int32_t* mask;       // of the page, or null
   const uint16_t* outliers;  // of the page
+  const uint16_t* sinks;     // rows that are kept exactly: the page's first num_sinks
+  int num_sinks;
   int next_outlier;
 };
 
@@ -146,6 +148,10 @@ HQMQ_HD PageReader OpenPage(const RoleParams& role, const Layout& layout, const 
   const int64_t pages = sequence * num_pages + page, rows = pages * role.page_size;
   out.codes = cache.codes + rows * layout.words;
   if (role.storage == Storage::kFp16) return out;
+  if (page == 0) {
+    out.sinks = cache.tail + (sequence * TailRows(role) + role.page_size) * role.head_dim;
+    out.num_sinks = role.sink_tokens;
+  }
   out.words = table.words + head * table.head_stride;
   out.levels = table.levels;
   out.scales = cache.scales + rows;

@@ -42,6 +42,7 @@ typedef struct hqmq_role_params {
   int32_t hadamard;
   int32_t page_mean;
   int32_t outlier_capacity;
+  int32_t sink_tokens; /* 0…8 */
 } hqmq_role_params;
 
 /* hqmq::RoleCache of plugins/codec/params.h: tensors of one layer and role; absent ones are null.
@@ -52,7 +53,7 @@ typedef struct hqmq_role_cache {
   uint16_t* mean;          /* [B, H, M, D] */
   int32_t* outlier_mask;   /* [B, H, M, mask_words] */
   uint16_t* outlier_value; /* [B, H, M, cap, 4] */
-  uint16_t* tail;          /* [B, H, P, D] */
+  uint16_t* tail;          /* [B, H, P + sink_tokens, D] */
 } hqmq_role_cache;
 
 /* Activations [B, H, T, D]; the D elements of a token are contiguous, other strides count elements.

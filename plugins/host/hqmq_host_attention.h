@@ -19,8 +19,9 @@ HQMQ_API int hqmq_table_create(const hqmq_role_params* role, int32_t heads,
                                const float* secondaries, const float* levels, hqmq_table** table);
 HQMQ_API void hqmq_table_destroy(hqmq_table* table); /* null is fine */
 
-/* HqmqDequantize: the cache of length[b] tokens → x [B, H, M*P, D]; full pages from codes, then the
- * tail, then 0. x.data is written. parallel_for null: the library's own threads. */
+/* HqmqDequantize: the cache of length[b] tokens → x [B, H, M*P, D]; full pages from codes but for
+ * the first sink_tokens tokens, which are exact, then the tail, then 0. x.data is written.
+ * parallel_for null: the library's own threads. */
 HQMQ_API int hqmq_load(const hqmq_role_params* role, int32_t batch, int32_t heads,
                        int32_t num_pages, const int32_t* length, const hqmq_table* table,
                        const hqmq_role_cache* cache, const hqmq_rows* x,

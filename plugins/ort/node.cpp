@@ -67,6 +67,11 @@ Role::Role(const NodeInfo& node, std::string prefix, std::string name, int page_
   const int hadamard = node.Int(prefix + "hadamard", 0, 1),
             mean = node.Int(prefix + "page_mean", 0, 1);
   const int capacity = node.Int(prefix + "outlier_capacity", 0, 1 << 20);
+  params_.sink_tokens = node.Int(prefix + "sink_tokens", 0, kMaxSinkTokens);
+  if (!packed() && params_.sink_tokens != 0) {
+    throw Error("attribute '" + prefix + "sink_tokens' is " + std::to_string(params_.sink_tokens) +
+                ", but storage fp16 takes none; export the model again");
+  }
   if (packed())
     params_.hadamard = hadamard, params_.page_mean = mean, params_.outlier_capacity = capacity;
 }
@@ -122,11 +127,12 @@ Role::View Role::Read(const KernelContext* context, size_t first_codebook,
     out.tensors.push_back(Input(context, first_cache + i));
   const Tensor &codes = out.tensors.front(), &tail = out.tensors.back();
   const int64_t page = params_.page_size;
-  if (tail.dims.size() != 4 || tail.dims[2] != page || codes.dims.size() != 4 ||
+  if (tail.dims.size() != 4 || tail.dims[2] != TailRows(params_) || codes.dims.size() != 4 ||
       codes.dims[2] % page) {
     throw Error(name_ + "cache tensors 'codes' " + Text(codes.dims) + " and 'tail' " +
-                Text(tail.dims) + " are not [B, H, M*P, W] and [B, H, P, D] with pages of " +
-                std::to_string(page) + " tokens");
+                Text(tail.dims) + " are not [B, H, M*P, W] and [B, H, P+N, D] with pages of " +
+                std::to_string(page) + " tokens and " + std::to_string(params_.sink_tokens) +
+                " sink tokens");
   }
   out.params.head_dim = static_cast<int32_t>(tail.dims[3]);
   out.batch = static_cast<int>(tail.dims[0]);
@@ -160,7 +166,7 @@ Role::View Role::Read(const KernelContext* context, size_t first_codebook,
     expected.push_back({"outlier_mask", kInt32, {b, h, m, MaskWords(out.params)}});
     expected.push_back({"outlier_value", kFloat16, {b, h, m, params_.outlier_capacity, 4}});
   }
-  expected.push_back({"tail", kFloat16, {b, h, page, d}});
+  expected.push_back({"tail", kFloat16, {b, h, TailRows(params_), d}});
   for (size_t i = 0; i < expected.size(); ++i) {
     const Tensor& tensor = out.tensors[i];
     if (tensor.type == expected[i].type && tensor.dims == expected[i].dims) continue;

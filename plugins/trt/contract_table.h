@@ -46,6 +46,7 @@ inline constexpr Attribute kQuantizeAttributes[] = {
     {"hadamard", Kind::kInt, 0, 1, false},
     {"page_mean", Kind::kInt, 0, 1, false},
     {"outlier_capacity", Kind::kInt, 0, 1048576, false},
+    {"sink_tokens", Kind::kInt, 0, 8, false},
     {"page_size", Kind::kInt, 8, 1024, true},
     {"format_version", Kind::kInt, 0, 2147483647, false},
 };
@@ -60,7 +61,7 @@ inline constexpr Tensor kQuantizeInputs[] = {
     {"mean", Type::kFloat16, "B H M D", "storage page_mean", ""},
     {"outlier_mask", Type::kInt32, "B H M U", "storage outlier_capacity", ""},
     {"outlier_value", Type::kFloat16, "B H M C 4", "storage outlier_capacity", ""},
-    {"tail", Type::kFloat16, "B H P D", "", ""},
+    {"tail", Type::kFloat16, "B H P+N D", "", ""},
 };
 inline constexpr Tensor kQuantizeOutputs[] = {
     {"present_codes", Type::kInt32, "B H M*P W", "", "codes"},
@@ -68,9 +69,9 @@ inline constexpr Tensor kQuantizeOutputs[] = {
     {"present_mean", Type::kFloat16, "B H M D", "storage page_mean", "mean"},
     {"present_outlier_mask", Type::kInt32, "B H M U", "storage outlier_capacity", "outlier_mask"},
     {"present_outlier_value", Type::kFloat16, "B H M C 4", "storage outlier_capacity", "outlier_value"},
-    {"present_tail", Type::kFloat16, "B H P D", "", "tail"},
+    {"present_tail", Type::kFloat16, "B H P+N D", "", "tail"},
 };
-inline constexpr Operator kQuantize = {"HqmqQuantize", kQuantizeAttributes, 8, kQuantizeInputs, 11, kQuantizeOutputs, 6};
+inline constexpr Operator kQuantize = {"HqmqQuantize", kQuantizeAttributes, 9, kQuantizeInputs, 11, kQuantizeOutputs, 6};
 
 inline constexpr Attribute kDequantizeAttributes[] = {
     {"storage", Kind::kInt, 0, 1, false},
@@ -79,6 +80,7 @@ inline constexpr Attribute kDequantizeAttributes[] = {
     {"hadamard", Kind::kInt, 0, 1, false},
     {"page_mean", Kind::kInt, 0, 1, false},
     {"outlier_capacity", Kind::kInt, 0, 1048576, false},
+    {"sink_tokens", Kind::kInt, 0, 8, false},
     {"page_size", Kind::kInt, 8, 1024, true},
     {"format_version", Kind::kInt, 0, 2147483647, false},
 };
@@ -91,12 +93,12 @@ inline constexpr Tensor kDequantizeInputs[] = {
     {"mean", Type::kFloat16, "B H M D", "storage page_mean", ""},
     {"outlier_mask", Type::kInt32, "B H M U", "storage outlier_capacity", ""},
     {"outlier_value", Type::kFloat16, "B H M C 4", "storage outlier_capacity", ""},
-    {"tail", Type::kFloat16, "B H P D", "", ""},
+    {"tail", Type::kFloat16, "B H P+N D", "", ""},
 };
 inline constexpr Tensor kDequantizeOutputs[] = {
     {"x", Type::kFloat32, "B H M*P D", "", ""},
 };
-inline constexpr Operator kDequantize = {"HqmqDequantize", kDequantizeAttributes, 8, kDequantizeInputs, 9, kDequantizeOutputs, 1};
+inline constexpr Operator kDequantize = {"HqmqDequantize", kDequantizeAttributes, 9, kDequantizeInputs, 9, kDequantizeOutputs, 1};
 
 inline constexpr Attribute kAttentionAttributes[] = {
     {"scale", Kind::kFloat, -3.4028234663852886e+38, 3.4028234663852886e+38, false},
@@ -109,12 +111,14 @@ inline constexpr Attribute kAttentionAttributes[] = {
     {"k_hadamard", Kind::kInt, 0, 1, false},
     {"k_page_mean", Kind::kInt, 0, 1, false},
     {"k_outlier_capacity", Kind::kInt, 0, 1048576, false},
+    {"k_sink_tokens", Kind::kInt, 0, 8, false},
     {"v_storage", Kind::kInt, 0, 1, false},
     {"v_radius_bits", Kind::kInt, 1, 8, false},
     {"v_gain", Kind::kInt, 0, 1, false},
     {"v_hadamard", Kind::kInt, 0, 1, false},
     {"v_page_mean", Kind::kInt, 0, 1, false},
     {"v_outlier_capacity", Kind::kInt, 0, 1048576, false},
+    {"v_sink_tokens", Kind::kInt, 0, 8, false},
     {"page_size", Kind::kInt, 8, 1024, true},
     {"format_version", Kind::kInt, 0, 2147483647, false},
 };
@@ -134,13 +138,13 @@ inline constexpr Tensor kAttentionInputs[] = {
     {"key_mean", Type::kFloat16, "B H M D", "k_storage k_page_mean", ""},
     {"key_outlier_mask", Type::kInt32, "B H M U", "k_storage k_outlier_capacity", ""},
     {"key_outlier_value", Type::kFloat16, "B H M C 4", "k_storage k_outlier_capacity", ""},
-    {"key_tail", Type::kFloat16, "B H P D", "", ""},
+    {"key_tail", Type::kFloat16, "B H P+N D", "", ""},
     {"value_codes", Type::kInt32, "B H M*P W", "", ""},
     {"value_scales", Type::kFloat16, "B H M*P 1", "v_storage", ""},
     {"value_mean", Type::kFloat16, "B H M D", "v_storage v_page_mean", ""},
     {"value_outlier_mask", Type::kInt32, "B H M U", "v_storage v_outlier_capacity", ""},
     {"value_outlier_value", Type::kFloat16, "B H M C 4", "v_storage v_outlier_capacity", ""},
-    {"value_tail", Type::kFloat16, "B H P D", "", ""},
+    {"value_tail", Type::kFloat16, "B H P+N D", "", ""},
 };
 inline constexpr Tensor kAttentionOutputs[] = {
     {"y", Type::kActivation, "B Hq T D", "", ""},
@@ -149,15 +153,15 @@ inline constexpr Tensor kAttentionOutputs[] = {
     {"present_key_mean", Type::kFloat16, "B H M D", "k_storage k_page_mean", "key_mean"},
     {"present_key_outlier_mask", Type::kInt32, "B H M U", "k_storage k_outlier_capacity", "key_outlier_mask"},
     {"present_key_outlier_value", Type::kFloat16, "B H M C 4", "k_storage k_outlier_capacity", "key_outlier_value"},
-    {"present_key_tail", Type::kFloat16, "B H P D", "", "key_tail"},
+    {"present_key_tail", Type::kFloat16, "B H P+N D", "", "key_tail"},
     {"present_value_codes", Type::kInt32, "B H M*P W", "", "value_codes"},
     {"present_value_scales", Type::kFloat16, "B H M*P 1", "v_storage", "value_scales"},
     {"present_value_mean", Type::kFloat16, "B H M D", "v_storage v_page_mean", "value_mean"},
     {"present_value_outlier_mask", Type::kInt32, "B H M U", "v_storage v_outlier_capacity", "value_outlier_mask"},
     {"present_value_outlier_value", Type::kFloat16, "B H M C 4", "v_storage v_outlier_capacity", "value_outlier_value"},
-    {"present_value_tail", Type::kFloat16, "B H P D", "", "value_tail"},
+    {"present_value_tail", Type::kFloat16, "B H P+N D", "", "value_tail"},
 };
-inline constexpr Operator kAttention = {"HqmqAttention", kAttentionAttributes, 18, kAttentionInputs, 22, kAttentionOutputs, 13};
+inline constexpr Operator kAttention = {"HqmqAttention", kAttentionAttributes, 20, kAttentionInputs, 22, kAttentionOutputs, 13};
 // clang-format on
 
 }  // namespace hqmq::contract

@@ -56,6 +56,12 @@ RoleParams Operation::MakeRole(const std::string& prefix) const {
     role.page_mean = attributes_.Int(prefix + "page_mean");
     role.outlier_capacity = attributes_.Int(prefix + "outlier_capacity");
   }
+  role.sink_tokens = attributes_.Int(prefix + "sink_tokens");
+  if (role.storage == Storage::kFp16 && role.sink_tokens != 0) {
+    throw Error("attribute '" + prefix + "sink_tokens' is " + std::to_string(role.sink_tokens) +
+                ", but storage fp16 takes none; export the model again with this version of "
+                "hqmq-trt");
+  }
   return role;
 }
 
@@ -73,7 +79,7 @@ std::vector<Dim> Operation::DimsOf(const contract::Tensor& tensor) const {
       {"S", {value ? kValueSecondaries : kSecondaries}},
       {"W", {value ? kValueWords : kWords}},
       {"U", {kMaskWords}},
-      {"P", {kFixed, role.page_size}},
+      {"P+N", {kFixed, TailRows(role)}},
       {"C", {kFixed, role.outlier_capacity}},
       {"2^r", {kFixed, int64_t{1} << role.radius_bits}},
       {"1", {kFixed, 1}},

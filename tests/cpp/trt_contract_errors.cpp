@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -108,6 +109,18 @@ void TestAttributeErrors(const Context& context, const Case& node) {
     Refused(context, twice, attribute.name, "given twice");
     TestType(context, node, attribute);
     TestRange(context, node, attribute);
+  }
+  for (const char* const prefix : {"", "k_", "v_"}) {
+    const std::string storage = std::string(prefix) + "storage";
+    const std::string sinks = std::string(prefix) + "sink_tokens";
+    if (std::none_of(node.attributes.begin(), node.attributes.end(),
+                     [&](const Value& value) { return value.name == storage; }))
+      continue;
+    const int32_t fp16 = 0, some = 4;
+    Fields exact(node.attributes);
+    exact[storage].data = &fp16;
+    exact[sinks].data = &some;
+    Refused(context, exact, sinks, "of a cache in fp16");
   }
   Fields unknown(node.attributes);
   const int32_t one = 1;

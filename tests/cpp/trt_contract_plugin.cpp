@@ -132,21 +132,44 @@ class Tester {
     });
   }
 
-  // Each size that others depend on made larger by one, and each rank.
+  // Each size that others depend on made larger and smaller by one, and each rank; and tails
+  // without rows for the sink tokens.
   template <class Function>
   void EachWrongShape(bool runtime, Function function) {
     for (int32_t i = 0; i < num_inputs(); ++i) {
       const Node& input = node_.inputs[i];
       for (size_t k = 0; k < input.shape.size(); ++k) {
         if (input.shape[k].alone || (input.shape[k].dynamic && !runtime)) continue;
+        for (const int off : {1, -1}) {
+          Shapes shapes = InputShapes();
+          shapes[i][k].size += off;
+          function(shapes, (off > 0 ? "a larger dimension " : "a smaller dimension ") +
+                               std::to_string(k) + " of " + input.name);
+        }
+      }
+      if (const int64_t sinks = SinkTokens(input); sinks > 0) {
         Shapes shapes = InputShapes();
-        ++shapes[i][k].size;
-        function(shapes, "a larger dimension " + std::to_string(k) + " of " + input.name);
+        shapes[i][2].size -= sinks;
+        function(shapes, "no rows for sink tokens in " + input.name);
       }
       Shapes shapes = InputShapes();
       shapes[i].push_back({1, false, false});
       function(shapes, "a dimension more of " + input.name);
     }
+  }
+
+  int32_t Attribute(const std::string& name) const {
+    for (const Value& value : node_.attributes) {
+      if (value.name == name) return value.i;
+    }
+    return 0;
+  }
+
+  // Sink tokens of the role whose tail this is; 0 of other tensors.
+  int64_t SinkTokens(const Node& tensor) const {
+    if (tensor.name == "tail") return Attribute("sink_tokens");
+    if (tensor.name == "key_tail") return Attribute("k_sink_tokens");
+    return tensor.name == "value_tail" ? Attribute("v_sink_tokens") : 0;
   }
 
   std::vector<DynamicPluginTensorDesc> Descriptions(int64_t scale = 1) const {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_paths import plain_attention
 from hqmq_trt import cuda, native, native_attention, oracle, torch_ops
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES, Scheme
@@ -27,6 +29,12 @@ CODECS = [
     *[(name, head_dim) for name in ("fp16", "paper:s96_r4+med3") for head_dim in (64, 80, 128, 256)],
     *[("hq4@p256", 128), ("hq4@p16", 64), ("paper:s24_r3+med3@p8", 20), ("paper:s8_r2+med3@p256", 96)],
     *[("paper:s1_r1", 100), ("paper:s1024_r8@p1024", 128)],
+]
+# With sink tokens of K and of V.
+SINKS = [
+    *[("hq4", 128, (4, 4)), ("hq3", 64, (4, 4)), ("hq5@p16", 256, (8, 8)), ("hq4@p128", 64, (1, 1))],
+    *[("hq4", 128, (4, 0)), ("hq3@p8", 64, (0, 8)), ("k=fp16,v=hq3@p32", 64, (0, 4))],
+    *[("paper:s96_r4+med3", 128, (2, 5)), ("paper:s24_r3+med3@p8", 20, (8, 3))],
 ]
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -69,6 +77,21 @@ def attend(
         gpu(q), gpu(k), gpu(v), gpu(past), gpu(new), None if sinks is None else gpu(sinks), case.scheme,
         on_gpu(case.books), caches, case.head_dim**-0.5, window, softcap,
     )  # fmt: skip
+
+
+def with_sinks(case: Attention, counts: tuple[int, int]) -> None:
+    """Give K and V that many sink tokens. Their exact rows get values of their own and page 0 other codes of these
+    tokens, so that it shows where a kernel reads."""
+    g, page = torch.Generator().manual_seed(1), case.scheme.page_size
+    key, value = (replace(case.scheme.role(name), sink_tokens=n) for name, n in zip(ROLES, counts, strict=True))
+    case.scheme = replace(case.scheme, key=key, value=value)
+    for role, cache in zip((key, value), case.caches, strict=True):
+        count, tail = role.sink_tokens, cache[-1]
+        exact = 2 * torch.randn(*tail.shape[:2], count, case.head_dim, generator=g)
+        cache[-1] = torch.cat([tail[:, :, :page], exact.half()], 2)
+        cache[0][:, :, :count] = cache[0][:, :, 3 : 3 + count].clone()
+        if role.packed:
+            cache[1][:, :, :count] *= 3
 
 
 @DTYPES
@@ -151,6 +174,74 @@ def test_window_softcap_and_sinks(window: int, softcap: float, sink: bool, group
         y = attend(case, (q, k, v), lengths(*past), lengths(*new), on_gpu(case.clone()), sinks, window, softcap)
         expected, _ = case.oracle(q, k, v, lengths(*new), 64**-0.5, window, softcap, sinks)
         assert relative_error(y.cpu(), expected) < LIMITS[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize(("name", "head_dim", "counts"), SINKS)
+def test_the_first_tokens_of_full_pages_come_from_their_exact_rows(
+    name: str, head_dim: int, counts: tuple[int, int], dtype: torch.dtype
+) -> None:
+    page = Scheme.parse(name).page_size
+    held = (1, 3, 5, page - 1, page, page + 1, 3 * page + 2)
+    case = Attention(name, head_dim, 2, 1, past=held, capacity=4 * page)
+    with_sinks(case, counts)
+    for role_name, count, book, cache in zip(ROLES, counts, case.books, case.caches, strict=True):
+        role = case.scheme.role(role_name)
+        on_device = [gpu(tensor) for tensor in book], [gpu(tensor) for tensor in cache]
+        dense = cuda.load(gpu(lengths(*held)), role, *on_device, dtype).cpu()
+        for b, length in enumerate(held):
+            rows = cache[-1][b, :, page:] if length >= page else cache[-1][b, :, : min(count, length)]
+            assert torch.equal(bits(dense[b, :, : rows.shape[1]]), bits(rows.to(dtype)))
+        assert torch.equal(bits(dense), bits(native_attention.load(lengths(*held), role, book, cache, dtype)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plain"), [(torch.float16, False), (torch.float16, True), (torch.float32, True)], ids=str
+)
+@pytest.mark.parametrize(("beyond", "softcap", "sink"), [(None, 0.0, False), (2, 0.0, False), (6, 5.0, True)])
+@pytest.mark.parametrize(("name", "head_dim", "counts"), SINKS)
+def test_attention_sees_the_first_tokens_exactly(
+    name: str, head_dim: int, counts: tuple[int, int], beyond: int | None, softcap: float, sink: bool,
+    dtype: torch.dtype, plain: bool,
+) -> None:  # fmt: skip
+    """From the tail, or the call where they are new; by single tokens, a few, and more than a page; `beyond` a page a
+    window that loses them one by one."""
+    page = Scheme.parse(name).page_size
+    window = 0 if beyond is None else page + beyond
+    past = (0, 1, 2, 3, 4, 7, page - 1, page, 2 * page + 1, 1030)
+    case = Attention(name, head_dim, 1, 3, past=past, capacity=1280, dtype=dtype)
+    with_sinks(case, counts)
+    logits = torch.linspace(-1, 2, 3) if sink else None
+    many = page + 9
+    for new in ([1] * 10, [5, 5, 1, 4, 0, 5, 5, 3, 5, 5], [many, many, many, page, 0, many, 2, 1, many, 9]):
+        q, k, v = case.inputs(max(new))
+        caches = on_gpu(case.clone())
+        with plain_attention(plain):
+            y = attend(case, (q, k, v), lengths(*past), lengths(*new), caches, logits, window, softcap).cpu()
+        expected, present = case.oracle(q, k, v, lengths(*new), head_dim**-0.5, window, softcap, logits)
+        for b, count in enumerate(new):
+            assert not y[b, :, count:].any()
+            assert not count or relative_error(y[b, :, :count], expected[b, :, :count]) < LIMITS[dtype]
+        assert_same_caches(on_cpu(caches), present)
+
+
+@pytest.mark.parametrize("split", [1, 40])
+def test_a_first_token_with_nan_is_counted_once(split: int) -> None:
+    """It is written twice, by its own call (the first token) or with others; whoever sees it gets NaN."""
+    case = Attention("hq4", 64, 2, 2, past=(0,), capacity=256)
+    q, k, v = case.inputs(150)
+    v[0, 1, 0, 3] = torch.nan
+    caches, rows = on_gpu(case.clone()), []
+    for past, new in ((0, split), (split, 150 - split)):
+        chunk = (x[:, :, past : past + new] for x in (q, k, v))
+        rows.append(attend(case, chunk, lengths(past), lengths(new), caches).cpu())
+    y = torch.cat(rows, 2)
+    assert status() == (1, 0, 0)
+    assert y[:, :2].isfinite().all()
+    assert y[:, 2:, :, 3].isnan().all()
+    tail = caches[1][-1]
+    assert tail[0, 1, 64, 3].isnan()
+    assert tail[0, 1, 64:].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("name", ["hq3", "hq4", "paper:s96_r4+med3", "fp16"])

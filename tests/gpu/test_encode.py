@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,13 +67,17 @@ def inputs(values: str, *shape: int) -> Tensor:
 class Caches:
     """A cache on the host and one on the GPU that take the same calls."""
 
-    def __init__(self, name: str, role_name: str, head_dim: int, heads: int, batch: int, tokens: int) -> None:
+    def __init__(
+        self, name: str, role_name: str, head_dim: int, heads: int, batch: int, tokens: int, sinks: int | None = None
+    ) -> None:
         scheme = Scheme.parse(name)
         self.page = scheme.page_size
-        self.role: RoleScheme = scheme.role(role_name)
+        role = scheme.role(role_name)
+        self.role: RoleScheme = role if sinks is None else replace(role, sink_tokens=sinks)
         self.book = codebook(self.role, heads, role_name)
         pages = -(-tokens // self.page)
         self.host = list(oracle.empty_cache(self.role, self.page, head_dim, heads, batch, pages).values())
+        self.host[-1].normal_(generator=torch.Generator().manual_seed(tokens))  # rows nobody writes must stay
         self.device = [gpu(tensor) for tensor in self.host]
 
     def append(self, x: Tensor, past: list[int], new: list[int]) -> None:
@@ -115,6 +121,31 @@ def test_bytes_where_single_tokens_fill_pages(
         caches.append(x[:, :, :page], [0] * batch, past)
         caches.append(x[:, :, page - 1 : page], past, [1] * batch)
         caches.append(x[:, :, page:], [t + 1 for t in past], [b % 2 for b in range(batch)])
+
+
+@DTYPES
+@pytest.mark.parametrize("sinks", [0, 1, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("hq4", 128), ("hq3", 64), ("hq5@p16", 256), ("hq3@p8", 64), ("paper:s24_r3+med3", 80)]
+)
+def test_the_first_tokens_are_kept_however_calls_cut_them(
+    name: str, head_dim: int, sinks: int, dtype: torch.dtype
+) -> None:
+    """Sequences of 0 to 10 tokens get single ones, several, more than a page at once (whose own rows are then lost)."""
+    page, batch = Scheme.parse(name).page_size, 11
+    steps = [list(range(batch)), [1] * batch, [b % 3 for b in range(batch)], [2 * page + 5] * batch, [1] * batch]
+    longest = [max(step) for step in steps]
+    x = inputs("model", batch, 2, sum(longest), head_dim).to(dtype)
+    caches = Caches(name, "key", head_dim, 2, batch, sum(longest), sinks)
+    held = [0] * batch
+    for step, tokens in zip(steps, longest, strict=True):
+        caches.append(torch.stack([x[b, :, at : at + tokens] for b, at in enumerate(held)]), held, step)
+        held = [at + count for at, count in zip(held, step, strict=True)]
+        rows = caches.device[-1][:, :, page:].cpu()
+        assert rows.shape[2] == sinks
+        for b, count in enumerate(held):
+            first = min(count, sinks)
+            assert torch.equal(bits(rows[b, :, :first]), bits(x[b, :, :first].half()))
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_int, c_size_t
+from dataclasses import replace
 from functools import lru_cache
 from unittest import mock
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_paths import attention_path, plain_attention
+from benchmarks.gpu_paths import attention_path, use_kernels
 from hqmq_trt import cuda, native, torch_attention
 from hqmq_trt.native import RoleParams
 from hqmq_trt.native_attention import AttentionParams
@@ -39,9 +40,19 @@ HEADS = 2
 CASES = [
     *[(name, head_dim) for name in ("hq3", "hq3.5", "hq4", "hq5") for head_dim in (64, 128, 256)],
     *[(name, 128) for name in ("k=hq4,v=hq3", "k=fp16,v=hq3", "fp16", "hq3@p8", "hq3@p16", "hq4@p256", "paper:s24_r3")],
+    ("k=hq4,v=paper:s24_r3", 128),
     *[(name, head_dim) for name in ("paper:s96_r4+med3", "fp16") for head_dim in (80, 96)],
     *[("paper:s5_r8+med3@p16", 20), ("paper:s24_r3+med3@p8", 128), ("hq4@p16", 64)],
 ]
+SINK_CASES = [
+    *[("hq3", 128, (4, 4)), ("hq4", 64, (8, 8)), ("hq5", 256, (4, 4)), ("hq4@p16", 128, (4, 0))],
+    *[("hq3@p8", 64, (0, 8)), ("hq3.5@p256", 256, (1, 4)), ("k=fp16,v=hq3", 128, (0, 4))],
+    ("paper:s96_r4+med3", 80, (3, 4)),
+]
+"""Schemes, head_dim and how many first tokens of K and V are exact."""
+SINK_NEW = (90, 20, 9, 64, 90, 5, 90, 1, 70, 90, 0, 33)
+PLAIN, KERNELS = 1, (0, 2)
+"""use_kernels: the plain ones; those of this GPU, and those without warpgroups."""
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
 """Of the relative error. Rounding y to bfloat16 alone gives 1.7e-3."""
 
@@ -50,15 +61,32 @@ Inputs = Sequence[Tensor]
 
 
 class Layer:
-    """A layer on the GPU whose sequences hold PAST tokens, and inputs of a call of TOKENS."""
+    """A layer on the GPU whose sequences hold `past` tokens, and inputs of a call of max(new) tokens.
 
-    def __init__(self, name: str, head_dim: int, group: int) -> None:
-        self.scheme, self.head_dim = Scheme.parse(name), head_dim
-        case = Attention(name, head_dim, HEADS, group, past=PAST, capacity=CAPACITY)
+    Exact rows of first tokens get values of their own, so that it shows which are read; NaN where no token is held.
+    """
+
+    def __init__(
+        self, name: str, head_dim: int, group: int, past: tuple[int, ...] = PAST, new: tuple[int, ...] = NEW,
+        sinks: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        scheme, self.head_dim = Scheme.parse(name), head_dim
+        key, value = scheme.key, scheme.value
+        if sinks is not None:
+            key, value = replace(key, sink_tokens=sinks[0]), replace(value, sink_tokens=sinks[1])
+        self.scheme = replace(scheme, key=key, value=value)
+        case = Attention(name, head_dim, HEADS, group, past=past, capacity=CAPACITY)
         self.books = [[book.to(DEVICE) for book in role] for role in case.books]
+        g = torch.Generator().manual_seed(1)
+        for role, cache in zip((key, value), case.caches, strict=True):
+            tail = cache[-1]
+            exact = 2 * torch.randn(*tail.shape[:2], role.sink_tokens, head_dim, generator=g)
+            for b, held in enumerate(past):
+                exact[b, :, held:] = torch.nan
+            cache[-1] = torch.cat([tail[:, :, : scheme.page_size], exact.half()], 2)
         self.caches = [[tensor.to(DEVICE) for tensor in role] for role in case.caches]
-        self.rows = [x.to(DEVICE) for x in case.inputs(TOKENS)]
-        self.past, self.new = lengths(*PAST).to(DEVICE), lengths(*NEW).to(DEVICE)
+        self.rows = [x.to(DEVICE) for x in case.inputs(max(new))]
+        self.past, self.new = lengths(*past).to(DEVICE), lengths(*new).to(DEVICE)
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         """q, k and v."""
@@ -74,12 +102,17 @@ class Layer:
     def attend(
         self, inputs: Inputs, caches: list[list[Tensor]], past: Tensor | None = None,
         new: Tensor | None = None, sinks: Tensor | None = None, window: int = 0, softcap: float = 0.0,
+        kernels: int = 0,
     ) -> Tensor:  # fmt: skip
-        """y of the kernels."""
+        """y of the kernels that use_kernels tells."""
         q, k, v = inputs
         lens = self.past if past is None else past, self.new if new is None else new
         scale = self.head_dim**-0.5
-        return cuda.attend(q, k, v, *lens, sinks, self.scheme, self.books, caches, scale, window, softcap)
+        use_kernels(kernels)
+        try:
+            return cuda.attend(q, k, v, *lens, sinks, self.scheme, self.books, caches, scale, window, softcap)
+        finally:
+            use_kernels(0)
 
     def reference(
         self, inputs: Inputs, caches: list[list[Tensor]], sinks: Tensor | None = None, window: int = 0,
@@ -161,7 +194,7 @@ def sequence(case: Layer, b: int, capacity: int) -> list[list[Tensor]]:
             made[:, :, :kept] = tensor[b : b + 1, :, :kept]
             tensors.append(made)
         tail = role[-1][b : b + 1].clone()
-        tail[:, :, PAST[b] % page :] = torch.nan
+        tail[:, :, PAST[b] % page : page] = torch.nan
         found.append([*tensors, tail])
     return found
 
@@ -245,6 +278,52 @@ def test_a_captured_graph_serves_all_lengths() -> None:
         assert torch.equal(bits(y), bits(expected))
 
 
+def sink_layer(name: str, head_dim: int, sinks: tuple[int, int]) -> Layer:
+    """Sequences that hold numbers of tokens around the first ones and the first pages."""
+    page = Scheme.parse(name).page_size
+    past = (*range(6), 7, page - 1, page, page + 1, 2 * page, 3 * page + 5)
+    return Layer(name, head_dim, 3, past, SINK_NEW, sinks)
+
+
+@pytest.mark.parametrize(("name", "head_dim", "sinks"), SINK_CASES)
+def test_the_first_tokens_are_exact(name: str, head_dim: int, sinks: tuple[int, int]) -> None:
+    case = sink_layer(name, head_dim, sinks)
+    page = case.scheme.page_size
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = case.inputs(dtype)
+        for window in (0, 1, 5, page, page + 2):
+            present = case.clone()
+            expected = case.reference(inputs, present, window=window)
+            plain = case.attend(inputs, case.clone(), window=window, kernels=PLAIN).float()
+            for kernels in KERNELS:
+                caches = case.clone()
+                y = case.attend(inputs, caches, window=window, kernels=kernels)
+                assert_close(y, expected, case.new, LIMITS[dtype])
+                assert_close(y, plain, case.new, LIMITS[dtype])
+                assert_same_caches(caches, present)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_nan_in_an_exact_row_reaches_the_queries_that_see_it(kernels: int, window: int) -> None:
+    """Not those of page 0, and none where the call brings that token."""
+    case = sink_layer("hq4", 128, (4, 4))
+    inputs, page = case.inputs(torch.float16), case.scheme.page_size
+    i = torch.arange(max(SINK_NEW), device=DEVICE)
+    time = case.past[:, None] + i
+    sees = (i < case.new[:, None]) & (time >= page) & (case.past[:, None] > 2)
+    if window:
+        sees &= time - window < 2
+    assert sees.any()
+    for role in (0, 1):
+        caches = case.clone()
+        caches[role][-1][:, :, page + 2, 3] = torch.nan
+        y = case.attend(inputs, caches, window=window, kernels=kernels)
+        assert torch.equal(y[..., 3].isnan(), sees[:, None].expand(y.shape[:3]))
+        others = y[..., [0, 127]].isnan().any(-1)
+        assert torch.equal(others, sees[:, None].expand(y.shape[:3]) if role == 0 else torch.zeros_like(others))
+
+
 @pytest.mark.parametrize("name", ["hq4", "paper:s96_r4+med3", "fp16", "hq3@p16"])
 def test_nan_poisons_what_reads_it_and_nothing_else(name: str) -> None:
     """Rows that see NaN or infinity are those of the plain kernels; the others keep their bits."""
@@ -257,9 +336,8 @@ def test_nan_poisons_what_reads_it_and_nothing_else(name: str) -> None:
         rows[role][4, 1, 62:64, 3] = torch.tensor([torch.nan, torch.inf], device=DEVICE)
         for window in (0, 100):
             y = case.attend(tuple(rows), case.clone(), window=window)
-            with plain_attention():
-                plain = case.attend(tuple(rows), case.clone(), window=window)
-                same = case.attend((q, k, v), case.clone(), window=window)
+            plain = case.attend(tuple(rows), case.clone(), window=window, kernels=PLAIN)
+            same = case.attend((q, k, v), case.clone(), window=window, kernels=PLAIN)
             seen = ~plain.isfinite()
             assert seen.any()
             assert torch.equal(~y.isfinite(), seen)

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
     pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
 ]
-PAST, CAPACITY = (0, 63, 64, 190, 5, 700), 896
+PAST, CAPACITY = (0, 63, 64, 190, 2, 700), 896
 CASES = [
     # A step: all lengths at once; pages that fill; several new tokens; more query rows than a block of them.
     ("hq3", 128, 4, (1, 1, 1, 1, 0, 1)),
@@ -31,6 +31,11 @@ CASES = [
     ("hq3", 128, 4, (40, 3, 65, 66, 0, 17)),
     ("hq4", 64, 2, (130, 129, 64, 2, 0, 128)),
     ("fp16", 128, 2, (1, 1, 1, 1, 0, 1)),
+    # Sink tokens that are partly new, in queries of later pages; of one role only; none.
+    ("hq4", 128, 4, (130, 2, 1, 65, 70, 0)),
+    ("k=hq4,v=paper:s24_r3", 128, 1, (1, 1, 1, 1, 0, 1)),
+    ("k=paper:s24_r3,v=hq4", 64, 3, (130, 2, 1, 65, 70, 0)),
+    ("hq:s170_r4-sinks", 128, 2, (1, 1, 1, 1, 0, 1)),
 ]
 LIMIT = 2e-3
 
