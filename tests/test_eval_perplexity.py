@@ -206,7 +206,7 @@ def test_bits_count_all_that_is_stored() -> None:
     scale, mean = 16 / head_dim, 16 / 16
     # Whole words: four chunks of 16 and 12 bits take 64 and 48 bits, the latter rounded up to two words.
     assert subject.bits().stored == pytest.approx(((64 / 16 + scale + mean) + (64 / 16 + scale)) / 2)
-    assert subject.bits().tail == 16
+    assert subject.bits().tail == 16 + 4
     subject = subject_of("paper:s24_r3+med3@p8")
     subject.score([windows_of(1).tokens[0]])
     share = 4 * (subject.bits().paper - (math.log2(24 * 24) + 3) / 4 - 1 - 0.25) / 4 / 16  # type: ignore[operator]

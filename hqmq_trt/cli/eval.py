@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hqmq_trt.cli.eval_kv import kv
 from hqmq_trt.cli.eval_report import report
+from hqmq_trt.cli.eval_tasks import tasks
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag
 from hqmq_trt.errors import HqmqError
 
@@ -62,7 +63,7 @@ def ppl(
     from hqmq_trt.eval.subject import REFERENCE, Codec
 
     numbers = parse_range(windows)
-    subjects, tokenizer, fixed = _subjects(source, dtype, device, mode, scheme, length)
+    subjects, tokenizer, fixed = open_source(output, source, dtype, device, mode, scheme, length)
     codecs = (
         [Codec(fixed)] if fixed else [Codec.parse(name, seed) for name in (REFERENCE, *(scheme or DEFAULT_SCHEMES))]
     )
@@ -90,8 +91,8 @@ def ppl(
     output.result(document, _table(title, found))
 
 
-def _subjects(
-    source: str, dtype: str | None, device: str, mode: str, scheme: list[str] | None, length: int
+def open_source(
+    output: Output, source: str, dtype: str | None, device: str, mode: str, scheme: list[str] | None, length: int
 ) -> tuple[Any, Any, str]:
     """Function from codec to subject, tokenizer, and the scheme of an exported folder (else empty)."""
     from hqmq_trt.manifest import MANIFEST_FILE
@@ -106,7 +107,7 @@ def _subjects(
         return (lambda _: made), made.tokenizer, made.codec
     from hqmq_trt.eval.subject import open_subjects
 
-    return (*open_subjects(source, dtype, device, mode), "")
+    return (*open_subjects(source, dtype, device, mode, output.note), "")
 
 
 def about() -> dict[str, str]:
@@ -137,5 +138,5 @@ def _table(title: str, found: list[Any]) -> Table:
     return table
 
 
-for _command in (kv, report):
+for _command in (tasks, kv, report):
     eval_app.command()(_command)

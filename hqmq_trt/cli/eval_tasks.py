@@ -69,7 +69,7 @@ def tasks(
     its last page exactly; the column "coded" says how many tokens that were, on average. Benchmarks are few-shot for
     that reason: a bare question would lie in the exact page wholly. Even so, of a short question it is mostly the
     examples that are coded; a scheme with smaller pages (hq4@p16) codes more. Items are a fixed random choice."""
-    from hqmq_trt.cli.eval import _subjects, about
+    from hqmq_trt.cli.eval import about, open_source
     from hqmq_trt.eval.recall import RECALL_TASKS
     from hqmq_trt.eval.store import Store
     from hqmq_trt.eval.subject import REFERENCE, Codec
@@ -87,7 +87,7 @@ def tasks(
     codecs = [Codec.parse(name, seed) for name in dict.fromkeys((REFERENCE, *(scheme or DEFAULT_SCHEMES)))]
     items = {name: load_items(name, samples, data) for name in names if name not in RECALL_TASKS}
     room = max((2048, *asked))
-    subjects, _, fixed = _subjects(source, dtype, device, mode, scheme, room)
+    subjects, _, fixed = open_source(output, source, dtype, device, mode, scheme, room)
     if fixed:
         codecs = [Codec(fixed)]
     subject = subjects(codecs[0])

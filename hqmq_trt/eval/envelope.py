@@ -23,8 +23,10 @@ TURBO = "TurboQuant-like"
 FP8 = "fp8"
 OTHER = "other"
 FP16 = "fp16"
+TRIAL = "trial"
 FAMILIES = (OURS, PAPER, PAPER_MED3, INT, INT_MED3, LLAMA_CPP, KIVI, TURBO, FP8, OTHER)
-"""Families in the order of legends. FP16, which compresses nothing, is not among them."""
+"""Families in the order of legends. Not among them: FP16, which compresses nothing, and TRIAL, codecs with K balanced
+that is not so by default, or the other way round."""
 
 _PREFIXES = (("q4_0", LLAMA_CPP), ("q8_0", LLAMA_CPP), ("kivi", KIVI), ("turbo", TURBO), ("fp8", FP8))
 _EQUAL = 1e-6
@@ -33,6 +35,8 @@ _EQUAL = 1e-6
 
 def family(codec: str) -> str:
     """Family of a codec's spelling; a scheme with K or V of ours is ours."""
+    if codec.startswith(("balanced:", "unbalanced:")):
+        return TRIAL
     body = re.sub(r"@p\d+$", "", codec.split("#")[0])
     parts = [re.sub(r"^[kv]=", "", part) for part in body.split(",")]
     if any(part.startswith("hq") for part in parts):

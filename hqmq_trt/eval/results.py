@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.eval.envelope import FP16, OURS, Comparison, Point, compare_envelopes, family
+from hqmq_trt.eval.envelope import FP16, OURS, TRIAL, Comparison, Point, compare_envelopes, family
 from hqmq_trt.eval.perplexity import TASK as PPL
 from hqmq_trt.eval.perplexity import Perplexity, summarise
 from hqmq_trt.eval.statistics import Estimate, paired_mean, wilson
@@ -156,7 +156,7 @@ def _text(title: str, records: Sequence[Record]) -> Text:
     found.sort(key=lambda item: (item.mode, item.codec != REFERENCE, item.stored_bits, item.codec))
     points: dict[str, list[Point]] = {}
     for item in found:
-        if item.change is not None and item.mode and family(item.codec) != FP16 and "#" not in item.codec:
+        if item.change is not None and item.mode and family(item.codec) not in (FP16, TRIAL) and "#" not in item.codec:
             nll = {record["key"]["item"]: record["value"]["nll"] for record in groups[item.codec, item.mode]}
             point = Point(item.codec, item.stored_bits, 100 * item.change.mean, 100 * item.change.error, nll)
             points.setdefault(item.mode, []).append(point)

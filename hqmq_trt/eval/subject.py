@@ -1,15 +1,17 @@
 """What is measured: a model with a codec for its KV cache, in PyTorch or in an exported folder's own runtime.
 
 A codec is spelled as a scheme of hqmq_trt.scheme (runs through the packed HqmqCache), as a baseline of
-hqmq_trt.eval.baselines, or ``reference``: the model with transformers' own cache and attention.
+hqmq_trt.eval.baselines, or ``reference``: the model with transformers' own cache and attention. Our schemes run with
+K balanced from the weights (hqmq_trt.balance), as the exporter does it; everything else with the weights as they are.
+``unbalanced:`` or ``balanced:`` before a spelling says otherwise.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hqmq_trt.balance import applies_to
 from hqmq_trt.cache import HqmqCache
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.eval.baseline_cache import BaselineCache
 from hqmq_trt.eval.baselines import Baseline, parse_baseline
 from hqmq_trt.eval.baselines import names as baseline_names
 from hqmq_trt.format import paper_bits, stored_bits
-from hqmq_trt.scheme import Scheme
+from hqmq_trt.scheme import DEFAULT_PAGE_SIZE, Scheme
 
 REFERENCE = "reference"
+BALANCED, UNBALANCED = "balanced", "unbalanced"
 MODES = ("fused", "qdq")
 """``fused``: page-causal attention, as decoding token by token does. ``qdq``: every full page is read decoded."""
 _ROWS = 256
@@ -53,7 +57,8 @@ class Bits:
     Attributes:
         stored: all that is stored: whole words, scales, means, flags and outlier slots.
         paper: as arXiv 2605.27646 counts; None for codecs that are not quaternion codes.
-        tail: tokens at the end that stay in float16 (at most a page); not counted above.
+        tail: tokens of a sequence that stay in float16, at its end (up to a page) and its beginning (sink tokens); not
+            counted above.
     """
 
     stored: float
@@ -96,11 +101,12 @@ class Subject(ABC):
 
 @dataclass(frozen=True)
 class Codec:
-    """A parsed codec: `scheme` or `baseline`, or neither for the reference."""
+    """A parsed codec: `scheme` or `baseline`, or neither for the reference; `balanced`: with K balanced."""
 
     name: str
     scheme: Scheme | None = None
     baseline: Baseline | None = None
+    balanced: bool = False
 
     @staticmethod
     def parse(text: str, seed: int = 0) -> Codec:
@@ -109,6 +115,12 @@ class Codec:
         Raises:
             HqmqError: neither a scheme nor a baseline.
         """
+        prefix, colon, rest = text.partition(":")
+        if colon and prefix in (BALANCED, UNBALANCED):
+            codec = Codec.parse(rest, seed)
+            if codec.balanced == (prefix == BALANCED):
+                return codec
+            return replace(codec, name=f"{prefix}:{codec.name}", balanced=prefix == BALANCED)
         if text == REFERENCE:
             return Codec(text)
         try:
@@ -121,7 +133,8 @@ class Codec:
                 scheme = Scheme.parse(text, seed)
             except HqmqError as error:
                 raise HqmqError(f"{error}; or a baseline: {', '.join(baseline_names())}") from not_baseline
-        return Codec(scheme.name + (f"#{seed}" if seed else ""), scheme=scheme)
+        name = scheme.name + (f"#{seed}" if seed else "")
+        return Codec(name, scheme=scheme, balanced=applies_to(scheme))
 
     def bits(self, head_dim: int, outlier_shares: tuple[float, float] = (0.0, 0.0)) -> Bits | None:
         """Bits an element, or None where they depend on the data; `outlier_shares`: of K and V, for the paper bits."""
@@ -131,7 +144,7 @@ class Codec:
         return Bits(
             sum(stored_bits(role, head_dim, page) for role in roles) / 2,
             sum(paper_bits(*pair) for pair in zip(roles, (head_dim,) * 2, outlier_shares, strict=True)) / 2,
-            page,
+            page + max(role.sink_tokens for role in roles),
         )
 
 
@@ -290,16 +303,23 @@ def _scores(logits: Tensor, ids: Tensor) -> Scores:
 
 
 def open_subjects(
-    source: str | Path, dtype: str | None, device: str, mode: str
+    source: str | Path,
+    dtype: str | None,
+    device: str,
+    mode: str,
+    on_balance: Callable[[str], None] = lambda text: None,
 ) -> tuple[Callable[[Codec], Subject], Any]:
-    """Load a model once; returns a function that makes its subject for a codec, and its tokenizer.
+    """Load a model once; returns a function that makes its subject for a codec, and its tokenizer. The subject made
+    last is the one to use: the model's weights are balanced for it or not.
 
     Args:
         source: as hqmq_trt.export.source.load takes it.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None: the checkpoint's own.
         device: ``cpu``, ``cuda``, or ``auto``.
         mode: ``fused`` or ``qdq``.
+        on_balance: told in one line what was balanced, whenever the weights are.
     """
+    from hqmq_trt.balance import balanced
     from hqmq_trt.eval.digests import model_digest
     from hqmq_trt.export.source import load
 
@@ -311,8 +331,17 @@ def open_subjects(
     if found.tokenizer is None:
         raise HqmqError(f"{source} has no tokenizer; put its files beside the weights")
     model, digest = found.model.to(device).eval(), model_digest(source)
+    inside = ExitStack()
+    pages = [0]  # page size that the weights are balanced for; 0: they are as they were
 
     def make(codec: Codec) -> Subject:
+        page = (codec.scheme.page_size if codec.scheme else DEFAULT_PAGE_SIZE) if codec.balanced else 0
+        if page != pages[0]:
+            inside.close()
+            pages[0] = 0
+            if page:
+                on_balance(str(inside.enter_context(balanced(model, page))))
+            pages[0] = page
         return TorchSubject(model, found.tokenizer, codec, mode, found.name, digest)
 
     return make, found.tokenizer
