@@ -209,6 +209,7 @@ def one_text(engine: str, network: Any, prompt: str, count: int) -> Result:
     """Greedy text of an engine against PyTorch with the same HqmqCache (hqmq_trt.diff.greedy)."""
     from benchmarks.gpu_kernels import decode_kernels, launches
     from hqmq_trt import cuda
+    from hqmq_trt.balance import balanced_like
     from hqmq_trt.diff.greedy import greedy
     from hqmq_trt.manifest import Manifest
     from hqmq_trt.runtime.tokenizer import Tokenizer
@@ -228,7 +229,8 @@ def one_text(engine: str, network: Any, prompt: str, count: int) -> Result:
         free, _ = follow(step, ids, count)
         seconds = time.perf_counter() - started
         reference = TorchModel(network, manifest.scheme, manifest.mode == "fused", len(ids) + count)
-        wanted, logits = follow(reference, ids, count)
+        with balanced_like(network, manifest):
+            wanted, logits = follow(reference, ids, count)
         session.reset()
         _, forced = follow(step, ids, count, wanted)
         # Kernels that ran, of a step by the CUDA graph and of a chunk: last, as the profiler stays in the process.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from hqmq_trt import __version__, codebooks
+from hqmq_trt.balance import BalanceReport, applies_to, balanced
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import CodebookDigest, Layer, Manifest, ModelFile, record_file
 from hqmq_trt.output_folder import check_output, new_folder
@@ -45,12 +46,14 @@ def export_model(
     dtype: str | None = None,
     gguf_file: str | None = None,
     fold: bool = True,
+    balance: bool = True,
     bodies: bool = True,
     target: str | None = None,
     seed: int = 0,
     tokenizer: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    on_balance: Callable[[BalanceReport], None] | None = None,
 ) -> Manifest:
     """Export a causal language model to a folder with model.onnx, manifest.json and its tokenizer.
 
@@ -62,6 +65,8 @@ def export_model(
         dtype: ``float32``, ``float16``, ``bfloat16``; None: as the checkpoint has it, float32 for GGUF.
         gguf_file: name of a GGUF file if `model` is a folder.
         fold: move the Hadamard rotation of V into the weights where the architecture allows it.
+        balance: scale K's channels, and q's the other way, so that K is easier to code (hqmq_trt.balance); where
+            `scheme` takes a page mean and a Hadamard rotation of K. A caller's model gets its weights back.
         bodies: put ONNX function bodies of HqmqQuantize and HqmqDequantize into a ``qdq`` file, so that any ONNX
             Runtime runs it. TensorRT's parser before 10.13 takes those for the plugins; build_engine drops them itself.
         target: ``ort``, ``tensorrt-10`` or ``tensorrt-11``: refuse a graph that it does not import (export/targets.py),
@@ -69,6 +74,7 @@ def export_model(
         tokenizer: saved with the model; by default the one found beside it.
         overwrite: replace `output` if it is an earlier export.
         progress: see Progress.
+        on_balance: called with what `balance` did.
 
     Raises:
         HqmqError: anything that keeps this model, scheme and folder from being exported.
@@ -85,16 +91,23 @@ def export_model(
     if tokenizer is not None:
         source = replace(source, tokenizer=tokenizer)
     report("load", 1.0)
-    with _evaluating(source.model), attention_implementation(source.model):
+    with _evaluating(source.model), ExitStack() as weights:
         report("capture", 0.0)
-        layers = find_layers(source.model, chosen)
+        with attention_implementation(source.model):
+            layers = find_layers(source.model, chosen)
+        done = None
+        if balance and applies_to(chosen):
+            done = weights.enter_context(balanced(source.model, chosen.page_size))
+            if on_balance:
+                on_balance(done)
+        weights.enter_context(attention_implementation(source.model))
         if fold and chosen.value.hadamard:
             layers = [replace(layer, rotate_value=not layer.foldable) for layer in layers]
         graph = build(source.model, chosen, mode, layers, bodies and targets.wants_bodies(target))
         report("capture", 1.0)
         with new_folder(output) as folder:
             files = _write(graph, source, folder, report, target)
-            manifest = _manifest(source, chosen, mode, layers, files, graph)
+            manifest = _manifest(source, chosen, mode, layers, files, graph, done is not None and done.balanced > 0)
             manifest.verify_codebooks(folder / MODEL_FILE)
             manifest.save(folder)
     return manifest
@@ -142,7 +155,13 @@ def _write(
 
 
 def _manifest(
-    source: Source, scheme: Scheme, mode: str, layers: list[AttentionLayer], files: list[ModelFile], graph: ir.Model
+    source: Source,
+    scheme: Scheme,
+    mode: str,
+    layers: list[AttentionLayer],
+    files: list[ModelFile],
+    graph: ir.Model,
+    key_balance: bool,
 ) -> Manifest:
     config = source.model.config.get_text_config()
     generation = getattr(source.model, "generation_config", None)
@@ -170,6 +189,7 @@ def _manifest(
         bos_token_id=token("bos_token_id"),
         eos_token_ids=[] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         pad_token_id=token("pad_token_id"),
+        key_balance=key_balance,
         layers=[_layer(layer, scheme) for layer in layers],
         files=files,
     )

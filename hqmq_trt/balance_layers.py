@@ -17,6 +17,8 @@ LARGEST_SCALE = 1e3
 """Scales lie between 1/LARGEST_SCALE and LARGEST_SCALE: half-precision weights must hold them."""
 _FLOOR = 1e-12
 """Least w and σ² of a pair as a share of the head's largest: a pair without weight has no best scale."""
+_NEUTRAL = 1.37
+"""No power of two, so that the weights are rounded anew."""
 _PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "dense", "q_norm", "k_norm", "rotary_emb"}
 """Children of an attention module that are understood; others may stand between q or K and the scores."""
 
@@ -25,17 +27,23 @@ class LeftAlone(Exception):
     """Why a layer is not balanced."""
 
 
+Change = tuple[Tensor, Tensor, float]
+"""Parameter, scale of its rows, offset: the new value is (old + offset) * scale - offset."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one layer is balanced.
 
     Attributes:
         ratios: predicted variance of the error of q·k as a share of the unbalanced one, for each KV head.
-        changes: (parameter, scale of its rows, offset): the new value is (old + offset) * scale - offset.
+        changes: what balances it.
+        neutral: one scale for all of K, and its inverse for q: no more than another rounding of the weights.
     """
 
     ratios: tuple[float, ...]
-    changes: list[tuple[Tensor, Tensor, float]]
+    changes: list[Change]
+    neutral: list[Change]
 
 
 def attention_modules(model: Any) -> list[tuple[int, nn.Module]]:
@@ -77,18 +85,15 @@ def plan(model: Any, attention: nn.Module, index: int, page_size: int) -> Plan:
         raise LeftAlone("weights of q or K are not finite")
     w, sigma2 = _floored(w), _floored(sigma2)
     ratios = (w * sigma2).sqrt().sum(-1).square() / (w.sum(-1) * sigma2.sum(-1))
-    scale = scales(w, sigma2)[:, pair]
-    if normed:
-        changes = []
-        for norm, (_, offset, _), by in zip(norms, gains, (1 / scale[0], scale[0]), strict=True):
-            changes.append((norm.weight, by, offset))
-            if getattr(norm, "bias", None) is not None:
-                changes.append((norm.bias, by, 0.0))
-        ratios = ratios.expand(kv_heads)
-    else:
+
+    def changes(scale: Tensor) -> list[Change]:
+        if normed:
+            return _norm_changes(norms, [offset for _, offset, _ in gains], scale[0])
         by_query = scale[:, None].expand(kv_heads, group, head_dim)
-        changes = _projection_changes(q, k, (1 / by_query).reshape(-1), scale.reshape(-1))
-    return Plan(tuple(ratios.tolist()), changes)
+        return _projection_changes(q, k, (1 / by_query).reshape(-1), scale.reshape(-1))
+
+    scale = scales(w, sigma2)[:, pair]
+    return Plan(tuple(ratios.expand(kv_heads).tolist()), changes(scale), changes(torch.full_like(scale, _NEUTRAL)))
 
 
 def scales(w: Tensor, sigma2: Tensor) -> Tensor:
@@ -158,7 +163,9 @@ def _projections(
         raise LeftAlone("q and K are clipped")
     if getattr(config, "num_kv_shared_layers", 0):
         raise LeftAlone("layers share K")
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise LeftAlone("the configuration does not say how many heads there are")
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = [heads * head_dim, kv_heads * head_dim]
@@ -184,9 +191,16 @@ def _linear(model: Any, attention: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _projection_changes(
-    q: _Projection, k: _Projection, of_q: Tensor, of_k: Tensor
-) -> list[tuple[Tensor, Tensor, float]]:
+def _norm_changes(norms: list[Any], offsets: list[float], scale: Tensor) -> list[Change]:
+    changes = []
+    for norm, offset, by in zip(norms, offsets, (1 / scale, scale), strict=True):
+        changes.append((norm.weight, by, offset))
+        if getattr(norm, "bias", None) is not None:
+            changes.append((norm.bias, by, 0.0))
+    return changes
+
+
+def _projection_changes(q: _Projection, k: _Projection, of_q: Tensor, of_k: Tensor) -> list[Change]:
     if q.linear is k.linear:
         rest = torch.ones(q.weight.shape[0] - k.last, dtype=of_q.dtype)
         pieces = [(q.linear, torch.cat([of_q, of_k, rest]))]

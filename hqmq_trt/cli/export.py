@@ -54,6 +54,10 @@ def export(
     dtype: Annotated[DType | None, typer.Option(help="Of weights and activations [default: the model's].")] = None,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file inside the model's folder.")] = None,
     fold: Annotated[bool, typer.Option("--fold/--no-fold", help="Fold V's rotation into the weights.")] = True,
+    balance: Annotated[
+        bool,
+        typer.Option("--balance/--no-balance", help="Scale K in the weights so that our schemes code it better."),
+    ] = True,
     bodies: Annotated[
         bool,
         typer.Option(
@@ -105,6 +109,7 @@ def export(
             from hqmq_trt.export import export_model
 
             options: dict[str, Any] = {"dtype": dtype.value if dtype else None, "gguf_file": gguf_file, "fold": fold}
+            options |= {"balance": balance, "on_balance": lambda report: output.note(str(report))}
             manifest = export_model(model, folder, parsed, **options, **common)
     total = sum(file.size for file in manifest.files)
     document = {
@@ -114,6 +119,7 @@ def export(
         "mode": manifest.mode,
         "dtype": manifest.dtype,
         "layers": len(manifest.layers),
+        "key_balance": manifest.key_balance,
         "files": [{"name": file.name, "bytes": file.size} for file in manifest.files],
         "bytes": total,
     }

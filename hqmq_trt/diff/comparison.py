@@ -15,6 +15,7 @@ from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
 import hqmq_trt.torch_ops  # noqa: F401  (registers torch.ops.hqmq)
+from hqmq_trt.balance import balanced_like
 from hqmq_trt.diff import stateless
 from hqmq_trt.diff.measures import LayerError, LogitComparison, relative_mse
 from hqmq_trt.diff.pinned import PinnedRunner, Recording, RecordingRunner
@@ -53,7 +54,8 @@ def compare(
 
     Args:
         folder: what `hqmq-trt export` wrote.
-        model: the transformers model it came from, in eval mode, not rotated; it runs where its weights lie.
+        model: the transformers model it came from, in eval mode, neither rotated nor balanced; it runs where its
+            weights lie.
         token_ids: the text; every position's logits are compared.
         against: of REFERENCES.
         chunk: tokens of one prefill feed; at most the engine's prefill_chunk, where there is one.
@@ -184,12 +186,18 @@ def torch_runner(
     tokens: int,
     on_feed: Callable[[int], None] | None = None,
     recording: Recording | None = None,
+    balance: bool = True,
 ) -> TorchRunner:
-    """The runner of a reference: `name` is of REFERENCES, `tokens` what its cache must hold."""
+    """The runner of a reference: `name` is of REFERENCES, `tokens` what its cache must hold.
+
+    The model gets the weights of its export while the runner is active (hqmq_trt.balance); with `balance` False it is
+    taken to have them.
+    """
     from transformers import DynamicCache
 
+    weights = partial(balanced_like, model, manifest) if balance else None
     if name == "unpacked":
-        return TorchRunner(name, model, DynamicCache, on_feed=on_feed)
+        return TorchRunner(name, model, DynamicCache, None, on_feed, weights)
     from hqmq_trt.cache import HqmqCache
     from hqmq_trt.hf_attention import IMPLEMENTATION
 
@@ -200,8 +208,8 @@ def torch_runner(
         return HqmqCache(model.config, scheme, max_length=tokens)
 
     if recording is not None:
-        return RecordingRunner(recording, name, model, new_cache, attention, on_feed)
-    return TorchRunner(name, model, new_cache, attention, on_feed)
+        return RecordingRunner(recording, name, model, new_cache, attention, on_feed, weights)
+    return TorchRunner(name, model, new_cache, attention, on_feed, weights)
 
 
 class _Measure:

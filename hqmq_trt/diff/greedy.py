@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hqmq_trt.balance import balanced_like
 from hqmq_trt.diff.comparison import torch_runner
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
@@ -76,7 +77,7 @@ def greedy(model: Any, session: Session, prompt: Sequence[int], new_tokens: int 
     """Generate greedily with PyTorch and an HqmqCache, and with a session, and compare.
 
     Args:
-        model: the transformers model that was exported, in eval mode, not rotated.
+        model: the transformers model that was exported, in eval mode, neither rotated nor balanced.
         session: of its export or engine; sequence 0 is emptied and used.
         prompt: token ids, at least one.
         new_tokens: tokens to generate; stop tokens do not end the text.
@@ -143,6 +144,10 @@ class _Torch:
 
     def rounding(self, ids: Sequence[int], steps: int) -> float:
         """Largest distance of a logit in the last `steps` rows of `ids` when all is rounded otherwise."""
+        with balanced_like(self._model, self._manifest):  # before it is widened: the weights are rounded alike
+            return self._rounding(ids, steps)
+
+    def _rounding(self, ids: Sequence[int], steps: int) -> float:
         narrow = self._model.dtype != torch.float32
         model = copy.deepcopy(self._model).float() if narrow else self._model
         prompt = len(ids) - steps + 1
@@ -150,7 +155,7 @@ class _Torch:
         if narrow:
             pieces = [*self._pieces(ids[:prompt]), *(np.array([[token]], np.int64) for token in ids[prompt:])]
         rows: list[NDArray[np.float32]] = []
-        with torch_runner("same", model, self._manifest, self._max_length) as runner:
+        with torch_runner("same", model, self._manifest, self._max_length, balance=False) as runner:
             runner.start()
             for piece in pieces:
                 rows = [*rows, *runner.logits(piece)][-steps:]

@@ -10,6 +10,7 @@ import time
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ class CachedRunner(BaseRunner):
 class TorchRunner(CachedRunner):
     """A transformers model with a cache made by `new_cache`; its own K and V are reported if it is a DynamicCache.
 
-    `attention` is the attention implementation to use while the runner is active; None keeps the model's.
+    `attention` is the attention implementation to use while the runner is active; None keeps the model's. `weights`
+    makes the context in which it is active.
     """
 
     def __init__(
@@ -80,19 +82,24 @@ class TorchRunner(CachedRunner):
         new_cache: Callable[[], Any],
         attention: str | None = None,
         on_feed: Callable[[int], None] | None = None,
+        weights: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         super().__init__(name, on_feed)
+        self._weights, self._inside = weights, ExitStack()
         self._model, self._new_cache, self._attention = model, new_cache, attention
         self._before = model.config._attn_implementation
         self._cache: Any = None
 
     def activate_impl(self) -> None:
-        """Switch the model's attention."""
+        """Switch the model's attention and weights."""
+        if self._weights:
+            self._inside.enter_context(self._weights())
         self._model.set_attn_implementation(self._attention or self._before)
 
     def deactivate_impl(self) -> None:
-        """Free the cache and switch the attention back."""
+        """Free the cache and switch attention and weights back."""
         self._cache = None
+        self._inside.close()
         self._model.set_attn_implementation(self._before)
 
     def start(self) -> None:
