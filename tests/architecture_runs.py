@@ -25,6 +25,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from hqmq_trt.balance import balanced_like
 from hqmq_trt.cache import HqmqCache
 from hqmq_trt.engine.network import engine_model
 from hqmq_trt.errors import HqmqError
@@ -138,7 +139,7 @@ def _run(architecture: Architecture, root: Path, outcome: Outcome) -> None:
     assert model.config._attn_implementation == "eager"
     for scheme, mode in (("fp16", "qdq"), ("hq4", "fused"), ("hq4", "qdq")):
         folder = root / f"{scheme}-{mode}"
-        export_model(model, folder, f"{scheme}@p{_PAGE}", mode=mode)
+        manifest = export_model(model, folder, f"{scheme}@p{_PAGE}", mode=mode)
         onnx.checker.check_model(onnx.load(folder / "model.onnx"), full_check=True)
         found[scheme, mode] = run_exported(folder)
     rounded = run_torch(model, lambda: RoundedCache(config=model.config))
@@ -149,9 +150,13 @@ def _run(architecture: Architecture, root: Path, outcome: Outcome) -> None:
         outcome.rounding[mode] = divergence([original], [found["fp16", mode]])
         outcome.tensorrt[mode] = tensorrt_problem(root / f"hq4-{mode}" / "model.onnx")
     scheme = f"hq4@p{_PAGE}"
-    outcome.kl["qdq"] = divergence([run_torch(model, lambda: HqmqCache(model.config, scheme))], [found["hq4", "qdq"]])
-    fused = run_torch(model, lambda: HqmqCache.for_model(model, scheme))
-    outcome.kl["fused"] = divergence([fused], [found["hq4", "fused"]])
+    with balanced_like(model, manifest):
+        qdq = run_torch(model, lambda: HqmqCache(model.config, scheme))
+        fused = run_torch(model, lambda: HqmqCache.for_model(model, scheme))
+    outcome.kl |= {
+        "qdq": divergence([qdq], [found["hq4", "qdq"]]),
+        "fused": divergence([fused], [found["hq4", "fused"]]),
+    }
     # In half precision, as engines are built, no two types may meet in a node.
     export_model(architecture.model().half(), root / "half", scheme, mode="fused")
     outcome.tensorrt["fused"] = outcome.tensorrt["fused"] or tensorrt_problem(root / "half" / "model.onnx")
