@@ -15,6 +15,7 @@ import pytest
 
 from hqmq_trt import cli, ort_library
 from hqmq_trt.cli.output import Output
+from hqmq_trt.format import FORMAT_VERSION
 
 Export = Callable[..., Path]
 Hqmq = Callable[..., tuple[int, str, str]]
@@ -77,7 +78,7 @@ def test_version(hqmq: Hqmq) -> None:
     assert code == 0
     found = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert {"hqmq-trt", "format", "library", "python", "torch", "onnx", "onnxruntime", "transformers"} <= set(found)
-    assert found["format"] == "1"
+    assert found["format"] == str(FORMAT_VERSION)
     assert document(hqmq("--version", "--json"))["python"] == sys.version.split()[0]
 
 
@@ -286,7 +287,7 @@ def test_library_of_another_format(
     hqmq: Hqmq, tiny_export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort_library, "FORMAT_VERSION", 99)
-    refuse(hqmq("run", tiny_export(), "-p", "a"), "built for format version 1", "needs 99")
+    refuse(hqmq("run", tiny_export(), "-p", "a"), f"built for format version {FORMAT_VERSION}", "needs 99")
     monkeypatch.undo()
     monkeypatch.setenv("HQMQ_LIBRARY_DIR", str(tmp_path))
     refuse(hqmq("run", tiny_export(), "-p", "a"), "libhqmq_ort.so")

@@ -181,10 +181,10 @@ def test_without_sinks_the_cache_is_that_of_format_1(role: str) -> None:
     assert torch.equal(ours[:, :, N:], plain[:, :, N:])
     secondaries, levels = without.oracle_books(role)
     codec = without.scheme.role(role)
-    for b in range(2):
+    for sequence in range(2):
         for head in range(2):
-            page = oracle.cache._load(without.named(role, caches[1]), b, head, 0, codec, secondaries, levels)
-            torch.testing.assert_close(plain[b, head, :16], page, rtol=1e-6, atol=1e-6)
+            page = oracle.cache._load(without.named(role, caches[1]), sequence, head, 0, codec, secondaries, levels)
+            torch.testing.assert_close(plain[sequence, head, :16], page, rtol=1e-6, atol=1e-6)
     assert not torch.equal(plain[:, :, :N], ours[:, :, :N])
 
 
