@@ -96,6 +96,40 @@ def test_windows_that_differ_are_said(tmp_path: Path) -> None:
     assert cells(table, "hq5")[6] == f"{100 * math.expm1(0.0015):+.2f}%"
 
 
+def test_codecs_of_other_windows_are_not_compared(tmp_path: Path) -> None:
+    # hq5 saw only the windows in which it is free of loss: it must not win a budget.
+    fill(tmp_path, {**CODECS, "hq5": (4.0, [0.0])})
+    (run,) = runs(read_records([tmp_path]))
+    (text,) = run.texts
+    assert text.apart == {"fused": ("hq5",)}
+    assert "hq5" in [item.codec for item in text.found]
+    assert "hq5" not in [item.codec for item in text.points["fused"]]
+    assert {item.ours.codec for item in text.envelopes("fused") if item.ours} == {"hq3", "hq4"}
+    assert run_tables(run)[1].note.endswith(" Not compared, as they saw other windows than most: hq5.")
+    write_report([run], tmp_path / "out")
+    assert "hq4#7, hq5." in (tmp_path / "out" / "fidelity.md").read_text(encoding="utf-8")
+
+
+def test_range_of_windows(tmp_path: Path) -> None:
+    add_items(fill(tmp_path, CODECS), "hq4", "hellaswag", [1, 0, 0, 1], 1.5)
+    records = read_records([tmp_path])
+    (run,) = runs(records, range(1, 3))
+    table, envelopes, tasks = run_tables(run)
+    assert table.title == "tiny, windows 1…2 of 2048 tokens, fused"
+    assert envelopes.title == "Best within a budget: tiny, windows 1…2 of 2048 tokens, fused"
+    # exp(2.75) = 15.643; windows 1 and 2 of hq3 change by 0.06 and 0.04.
+    assert cells(table, "reference")[5:] == ("15.643", "-", "-", "2")
+    assert cells(table, "hq3")[6:] == ("+5.13%", f"{100 * math.exp(0.05) * 0.01:.3f}%", "2")
+    assert cells(tasks, "hq4", 1)[-1] == "4"
+    (run,) = runs(records, range(0, 1))
+    assert cells(run_tables(run)[0], "kivi-2")[6] == f"{100 * math.expm1(0.2):+.2f}%"
+    (run,) = runs(records, range(7, 9))  # no such window: the tasks alone
+    assert [table.title for table in run_tables(run)] == ["Tasks: tiny"]
+    fill(tmp_path / "b", CODECS)
+    with pytest.raises(HqmqError, match="windows 7…8 was measured; these results hold some of 0…2"):
+        runs(read_records([tmp_path / "b"]), range(7, 9))
+
+
 def test_models_modes_and_lengths_stay_apart(tmp_path: Path) -> None:
     fill(tmp_path / "a", CODECS)
     fill(tmp_path / "a", {"hq3": (3.25, [0.5, 0.5, 0.5])}, mode="qdq")
@@ -258,7 +292,7 @@ def test_written_report(tmp_path: Path) -> None:
     assert all(is_picture(file) for file in pictures)
     markdown = (tmp_path / "out" / "fidelity.md").read_text(encoding="utf-8")
     assert "| hq3 | HQMQ, ours (hq…) | 3.250 | 3.15 | 64 | 12.807 | +5.13% | 0.607% | 3 |" in markdown
-    assert "Not drawn (large, another codebook seed, or no reference): fp16, hq4#7." in markdown
+    assert "Not drawn (large, another codebook seed, other windows, or no reference): fp16, hq4#7." in markdown
     assert re.findall(r"\]\((.*?)\)", markdown) == [file.name for file in pictures]
     page = (tmp_path / "out" / "fidelity.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,iVBOR') == len(pictures)
@@ -354,6 +388,21 @@ def test_command(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "ours worse" in result.stdout
     assert "+5.13%" in result.stdout
+
+
+def test_command_with_windows(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(report)
+    fill(tmp_path / "in", CODECS)
+    arguments = [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--json", "--windows"]
+    result = CliRunner().invoke(app, [*arguments, "0:2"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    (text,) = document["runs"][0]["texts"]
+    assert (document["windows"], text["title"]) == ([0, 2], "tiny, windows 0…1 of 2048 tokens")
+    assert {item["windows"] for item in text["codecs"]} == {2}
+    assert "### tiny, windows 0…1 of 2048 tokens, fused" in (tmp_path / "out" / "fidelity.md").read_text("utf-8")
+    assert isinstance(CliRunner().invoke(app, [*arguments, "2:1"]).exception, HqmqError)
 
 
 def test_folders_without_results(tmp_path: Path) -> None:

@@ -22,6 +22,12 @@ def report(
     folder: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for fidelity.md, fidelity.html and the pictures.")
     ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(
+            "--windows", "-w", help="Only these windows of the text (20, 100:120); tasks stay [default: all]."
+        ),
+    ] = None,
     json_mode: JsonFlag = False,
     quiet: QuietFlag = False,
     verbose: VerboseFlag = False,
@@ -29,15 +35,21 @@ def report(
     """Tables and pictures of kept results, and whether our schemes lie below the baselines at every budget of bits.
 
     Exits with 0 whatever the results are."""
+    from hqmq_trt.eval.perplexity import parse_range
     from hqmq_trt.eval.report import run_tables, write_report
     from hqmq_trt.eval.results import read_records, runs
 
     output = Output(json_mode, quiet, verbose)
-    found = runs(read_records(folders))
+    numbers = None if windows is None else parse_range(windows)
+    found = runs(read_records(folders), numbers)
     files = write_report(found, folder) if folder is not None else []
     if files:
         output.note(f"report: {files[0]}, {files[1]} and {len(files) - 2} pictures")
-    document = {"runs": [_document(run) for run in found], "files": [str(file) for file in files]}
+    document = {
+        "windows": None if numbers is None else [numbers.start, numbers.stop],
+        "runs": [_document(run) for run in found],
+        "files": [str(file) for file in files],
+    }
     output.result(document, *(_table(table) for run in found for table in run_tables(run)))
 
 
@@ -51,6 +63,7 @@ def _document(run: Run) -> dict[str, Any]:
             {
                 "title": text.title,
                 "codecs": [item.document for item in text.found],
+                "other_windows": text.apart,
                 "envelopes": {mode: [_comparison(item) for item in text.envelopes(mode)] for mode in text.points},
             }
             for text in run.texts

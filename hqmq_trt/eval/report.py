@@ -103,6 +103,8 @@ def envelope_table(text: Text, mode: str) -> Table:
     note = f"No baseline stores {high:g} bits or less." if not found else "Ours is nowhere above the baselines."
     if worse:
         note = f"Ours is above the baselines in {len(worse)} of {len(found)} stretches of {low:g}…{high:g} bits."
+    apart = text.apart.get(mode, ())
+    note += f" Not compared, as they saw other windows than most: {', '.join(apart)}." if apart else ""
     return Table(
         f"Best within a budget: {text.title}, {mode}",
         ("budget (stored bits)", "best baseline", "best of ours", "ours minus baseline (points)", "± s.e.", "verdict"),
@@ -193,7 +195,8 @@ def _overview(found: Sequence[Run], output: Path) -> Iterable[Section]:
             hidden |= {item.codec for item in text.found if item.mode == mode} - drawn
         caption = f"Bits against loss, {mode}. Bars: one standard error. Lines: the best within a budget."
         if hidden:
-            caption += f" Not drawn (large, another codebook seed, or no reference): {', '.join(sorted(hidden))}."
+            reasons = "large, another codebook seed, other windows, or no reference"
+            caption += f" Not drawn ({reasons}): {', '.join(sorted(hidden))}."
         pictures.append((caption, plots.bits_loss(panels, output / f"bits-loss-{mode}.png")))
     if pictures:
         yield Section("Bits against loss", "", (), tuple(pictures))

@@ -6,8 +6,9 @@ tasks by their data, and everything by mode.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ class Text:
     Attributes:
         title: for headings.
         found: by mode, then by rising bits; the reference (mode empty) first.
-        points: by mode: what is drawn and compared; without the reference, fp16 and codebooks of other seeds.
+        points: by mode: what is drawn and compared; without the reference, fp16, codebooks of other seeds and what
+            `apart` names.
+        apart: by mode: codecs that saw other windows than most, so that their changes do not compare.
     """
 
     title: str
     found: tuple[Perplexity, ...]
     points: dict[str, list[Point]]
+    apart: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def envelopes(self, mode: str) -> list[Comparison]:
         """Ours beside the baselines, see hqmq_trt.eval.envelope."""
@@ -110,14 +114,32 @@ def read_records(folders: Sequence[str | Path]) -> list[Record]:
     return list(merged.values())
 
 
-def runs(records: Iterable[Record]) -> list[Run]:
-    """Group records by model and runtime, in the order of first appearance."""
+def runs(records: Iterable[Record], windows: range | None = None) -> list[Run]:
+    """Group records by model and runtime, in the order of first appearance.
+
+    Args:
+        records: see read_records.
+        windows: of perplexities, only these windows count; tasks are not affected. None: all.
+
+    Raises:
+        HqmqError: none of the windows was measured, and there are no tasks either.
+    """
+    records = list(records)
+    if windows is not None:
+        chosen = [item for item in records if item["key"]["task"] != PPL or item["key"]["item"] in windows]
+        if records and not chosen:
+            kept = [item["key"]["item"] for item in records]
+            raise HqmqError(
+                f"none of the windows {windows.start}…{windows.stop - 1} was measured; "
+                f"these results hold some of {min(kept)}…{max(kept)}: choose others with --windows"
+            )
+        records = chosen
     found = []
     for (model, sha256, where), group in _grouped(records, "model", "model_sha256", "where").items():
         perplexity = [record for record in group if record["key"]["task"] == PPL]
         tasks = [record for record in group if record["key"]["task"] != PPL]
         texts = _grouped(perplexity, "text_sha256", "length")
-        named = {key: _text_title(model, key, texts) for key in texts}
+        named = {key: _text_title(model, key, texts, windows) for key in texts}
         found.append(
             Run(
                 model,
@@ -144,9 +166,10 @@ def _grouped(records: Iterable[Record], *fields: str) -> dict[tuple[Any, ...], l
     return groups
 
 
-def _text_title(model: str, key: tuple[Any, ...], texts: Iterable[tuple[Any, ...]]) -> str:
+def _text_title(model: str, key: tuple[Any, ...], texts: Iterable[tuple[Any, ...]], windows: range | None) -> str:
     several = len({text for text, _ in texts}) > 1
-    return f"{model}, windows of {key[1]} tokens" + (f", text {key[0][:8]}" if several else "")
+    which = "" if windows is None else f"{windows.start}…{windows.stop - 1} "
+    return f"{model}, windows {which}of {key[1]} tokens" + (f", text {key[0][:8]}" if several else "")
 
 
 def _text(title: str, records: Sequence[Record]) -> Text:
@@ -160,7 +183,14 @@ def _text(title: str, records: Sequence[Record]) -> Text:
             nll = {record["key"]["item"]: record["value"]["nll"] for record in groups[item.codec, item.mode]}
             point = Point(item.codec, item.stored_bits, 100 * item.change.mean, 100 * item.change.error, nll)
             points.setdefault(item.mode, []).append(point)
-    return Text(title, tuple(found), points)
+    apart = {}
+    for mode, items in points.items():
+        # Most codecs' windows; of equally frequent ones the larger set.
+        common = Counter(frozenset(item.nll) for item in items).most_common()
+        usual = max(common, key=lambda pair: (pair[1], len(pair[0])))[0]
+        points[mode] = [item for item in items if set(item.nll) == usual]
+        apart[mode] = tuple(item.codec for item in items if set(item.nll) != usual)
+    return Text(title, tuple(found), points, apart)
 
 
 def _task_runs(records: Sequence[Record]) -> Iterable[TaskRun]:
