@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -19,8 +20,8 @@ from hqmq_trt.eval.perplexity import Windows, measure, parse_range, read_windows
 from hqmq_trt.eval.session_subject import SessionSubject
 from hqmq_trt.eval.statistics import paired_mean, wilson
 from hqmq_trt.eval.store import FILE, Store
-from hqmq_trt.eval.subject import REFERENCE, Codec, TorchSubject
-from hqmq_trt.export import export_model
+from hqmq_trt.eval.subject import REFERENCE, Codec, TorchSubject, open_subjects
+from hqmq_trt.export import export_model, source
 from tests.cache_cases import VOCAB, model_of, prompt
 
 
@@ -211,6 +212,33 @@ def test_bits_count_all_that_is_stored() -> None:
     subject.score([windows_of(1).tokens[0]])
     share = 4 * (subject.bits().paper - (math.log2(24 * 24) + 3) / 4 - 1 - 0.25) / 4 / 16  # type: ignore[operator]
     assert 0 <= share < 0.2
+
+
+def test_k_is_balanced_for_our_schemes_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = copy.deepcopy(model_of("qwen2"))
+    projection = model.model.layers[0].self_attn.k_proj
+    with torch.no_grad():
+        projection.bias[:2] = 30.0
+    before = projection.weight.clone()
+    monkeypatch.setattr(source, "load", lambda *_: source.Source(model, Letters(), "tiny"))
+    told: list[str] = []
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    subjects, _ = open_subjects(tmp_path, None, "cpu", "qdq", told.append)
+    for name, changed in (("reference", False), ("hq4@p16", True), ("int4@p16", False), ("unbalanced:hq4@p16", False)):
+        subject = subjects(Codec.parse(name))
+        assert subject.codec == name
+        assert torch.equal(projection.weight, before) is not changed
+    assert len(told) == 1
+    assert "K balanced in" in told[0]
+    ids = windows_of(1).tokens[0]
+    exact = subjects(Codec.parse(REFERENCE)).score([ids])[0].nll
+    loss = {
+        name: np.abs(subjects(Codec.parse(name)).score([ids])[0].nll - exact).mean()
+        for name in ("hq4@p16", "unbalanced:hq4@p16")
+    }
+    assert loss["hq4@p16"] < 0.7 * loss["unbalanced:hq4@p16"]
+    assert Codec.parse("balanced:hq4") == Codec.parse("hq4")
+    assert Codec.parse("balanced:int4").balanced
 
 
 def test_unknown_codecs_are_named() -> None:

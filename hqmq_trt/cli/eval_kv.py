@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,9 @@ def kv(
 ) -> None:
     """Statistics of K and V by layer and KV head, and the errors that codecs make in them and in attention.
 
-    K is taken after RoPE, as the cache holds it. Errors are those of full pages, all of them read decoded."""
+    K is taken after RoPE, as the cache holds it. The statistics are those of the model as it is; our schemes' errors
+    those with K balanced, as they run (``unbalanced:hq4``: as it is). Errors are those of full pages, all of them read
+    decoded."""
     from hqmq_trt.eval.kv_statistics import measure_kv
     from hqmq_trt.eval.perplexity import parse_range, read_windows
     from hqmq_trt.eval.subject import REFERENCE, Codec, TorchSubject, open_subjects
@@ -54,13 +57,22 @@ def kv(
     )
     subjects, tokenizer = open_subjects(source, dtype, device, "qdq")
     subject = subjects(Codec(REFERENCE))
+    # Codecs with K balanced look at other K: they get passes of their own, after that of the model as it is.
+    groups = [[codec for codec in codecs if not codec.balanced]]
+    for page in dict.fromkeys(codec.page_size for codec in codecs if codec.balanced):
+        groups.append([codec for codec in codecs if codec.balanced and codec.page_size == page])
     if not isinstance(subject, TorchSubject):
         raise HqmqError(f"{source}: K and V can be looked at in a PyTorch model only; give the model's folder")
     cut = read_windows(text, tokenizer, numbers, length)
-    total = len(numbers) * subject.model.config.get_text_config(decoder=True).num_hidden_layers
+    total = len(groups) * len(numbers) * subject.model.config.get_text_config(decoder=True).num_hidden_layers
     with output.progress() as progress:
         task = progress.add_task("layers", total=total)
-        report = measure_kv(subject.model, codecs, cut.tokens, lambda: progress.advance(task))
+        reports = []
+        for group in groups:
+            subjects(group[0] if group else Codec(REFERENCE))
+            reports.append(measure_kv(subject.model, group, cut.tokens, lambda: progress.advance(task)))
+        found = {codec.name: codec for report in reports for codec in report.codecs}
+        report = replace(reports[0], codecs=[found[codec.name] for codec in codecs])
     document = {
         "model": subject.model_name,
         "model_sha256": subject.model_sha256,

@@ -136,6 +136,12 @@ class Codec:
         name = scheme.name + (f"#{seed}" if seed else "")
         return Codec(name, scheme=scheme, balanced=applies_to(scheme))
 
+    @property
+    def page_size(self) -> int:
+        """P, tokens that are coded together."""
+        coder = self.scheme or self.baseline
+        return coder.page_size if coder else DEFAULT_PAGE_SIZE
+
     def bits(self, head_dim: int, outlier_shares: tuple[float, float] = (0.0, 0.0)) -> Bits | None:
         """Bits an element, or None where they depend on the data; `outlier_shares`: of K and V, for the paper bits."""
         if self.scheme is None:
@@ -335,7 +341,7 @@ def open_subjects(
     pages = [0]  # page size that the weights are balanced for; 0: they are as they were
 
     def make(codec: Codec) -> Subject:
-        page = (codec.scheme.page_size if codec.scheme else DEFAULT_PAGE_SIZE) if codec.balanced else 0
+        page = codec.page_size if codec.balanced else 0
         if page != pages[0]:
             inside.close()
             pages[0] = 0
