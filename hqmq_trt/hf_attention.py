@@ -24,7 +24,8 @@ from hqmq_trt.errors import HqmqError
 IMPLEMENTATION = "hqmq"
 """Name under which transformers knows this attention."""
 
-_LAYER = "_hqmq_layer"
+LAYER = "_hqmq_layer"
+"""Attribute of a key tensor that leads from it to its cache layer (see :func:`tie`)."""
 _WINDOW = "_hqmq_window"
 _PADDED = "_hqmq_padded"
 _SAMPLED_ROWS = 32
@@ -90,7 +91,7 @@ def attention_parameters(
 def tie(key: Tensor, layer: Any) -> Tensor:
     """An alias of `key` that leads :func:`hqmq_attention` to the cache layer it belongs to."""
     alias = key.view_as(key)
-    setattr(alias, _LAYER, layer)
+    setattr(alias, LAYER, layer)
     return alias
 
 
@@ -189,7 +190,7 @@ def hqmq_attention(
             before and after them never enters the cache, and its output rows are 0.
     """
     index = getattr(module, "layer_idx", "?")
-    layer = getattr(key, _LAYER, None)
+    layer = getattr(key, LAYER, None)
     if layer is None:
         raise HqmqError(
             f"attention 'hqmq' of layer {index} found no HqmqCache: call the model with "

@@ -176,6 +176,20 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
         assert Store(tmp_path).get(key) == whole.get(key)
 
 
+def test_reading_a_store_leaves_a_run_in_progress_alone(tmp_path: Path) -> None:
+    Store(tmp_path).add({"task": "ppl", "item": 0}, {"nll": 1.0})
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"key": {"ta')
+    text = (tmp_path / FILE).read_text()
+    store = Store(tmp_path, read_only=True)
+    assert store.get({"task": "ppl", "item": 0}) == {"nll": 1.0}
+    assert (tmp_path / FILE).read_text() == text
+    with pytest.raises(ValueError, match="read only"):
+        store.add({"task": "ppl", "item": 1}, {})
+    assert list(Store(tmp_path / "none", read_only=True).records()) == []
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"value": 3}\n')
     with pytest.raises(HqmqError, match=r"results.jsonl:1: not a result"):

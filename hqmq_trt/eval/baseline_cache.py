@@ -345,7 +345,7 @@ def baseline_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers: as hqmq_trt.hf_attention.hqmq_attention, over a BaselineCache."""
-    if not isinstance(getattr(key, hf_attention._LAYER, None), BaselineLayer):
+    if not isinstance(getattr(key, hf_attention.LAYER, None), BaselineLayer):
         raise HqmqError(
             f"attention '{IMPLEMENTATION}' of layer {getattr(module, 'layer_idx', '?')} found no BaselineCache: call "
             "the model with past_key_values=BaselineCache.for_model(model, baseline) and use_cache=True"

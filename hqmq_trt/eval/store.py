@@ -23,23 +23,26 @@ class Store:
 
     Args:
         folder: made if it is not there.
+        read_only: nothing is written, so that another run may be adding records meanwhile.
 
     Raises:
         HqmqError: the file holds something else than records. A last line that was cut off is dropped: its run was
             interrupted.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, read_only: bool = False) -> None:
         self.path = Path(folder) / FILE
         self._records: dict[str, Record] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._read_only = read_only
+        if not read_only:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if len(whole) < len(data) and not self._read_only:
             # Whole lines only, else the next record would continue the broken one.
             os.truncate(self.path, len(whole))
         for number, line in enumerate(whole.decode().splitlines(), 1):
@@ -56,6 +59,8 @@ class Store:
 
     def add(self, key: Record, value: Record, about: Record | None = None) -> None:
         """Keep a measurement; it is on disk when this returns. `about`: circumstances (card, version, seconds)."""
+        if self._read_only:
+            raise ValueError(f"{self.path} was opened to be read only")
         record = {"key": key, "value": value, **({"about": about} if about else {})}
         line = json.dumps(record, allow_nan=False, sort_keys=True) + "\n"
         with self.path.open("a") as file:
