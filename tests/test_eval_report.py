@@ -339,7 +339,7 @@ def test_collapsed_codecs_and_gains_stay_in_the_picture(tmp_path: Path, monkeypa
     assert high > plots.MAX_PERCENT
     assert axes.get_yscale() == "symlog"
     labels = {text.get_text(): text.xy for text in axes.texts}
-    assert labels == {"int4 +4,000,000%": (4.0, plots.MAX_PERCENT), "hq4": (4.2, 1.0), "fp8": (8.0, -0.2)}
+    assert labels == {"int4 +4.0M%": (4.0, plots.MAX_PERCENT), "hq4": (4.2, 1.0), "fp8": (8.0, -0.2)}
     lines = {
         line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_drawstyle() == "steps-post"
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.eval.envelope import (
@@ -29,6 +32,7 @@ from hqmq_trt.eval.envelope import (
     Point,
     envelope,
 )
+from hqmq_trt.scheme import PRESETS
 
 MAX_BITS = 10.0
 """Codecs that store more are not drawn: they would squeeze the others together."""
@@ -67,10 +71,12 @@ def bits_loss(panels: Mapping[str, Sequence[Point]], path: Path) -> Path:
     columns = min(len(panels), 2)
     figure, axes = _panels(len(panels), columns, (7.2 if columns > 1 else 9.0, 5.2))
     for ax, (title, points) in zip(axes, panels.items(), strict=False):
-        _draw(ax, points, MAX_BITS, labels=True)
+        _draw(ax, points, MAX_BITS)
         ax.set_xlabel("stored bits an element (scales, means, flags and outlier slots included)", fontsize=9)
         ax.set_title(title, fontsize=10)
     _legend(figure, panels, MAX_BITS)
+    for ax, points in zip(axes, panels.values(), strict=True):
+        _label(figure, ax, [point for point in points if point.bits <= MAX_BITS], everything=True)
     return _save(figure, path, _DPI)
 
 
@@ -84,10 +90,12 @@ def readme_figure(panels: Mapping[str, Sequence[Point]], path: Path) -> Path:
         raise HqmqError(f"the README's picture has two panels, not {len(panels)}; choose two models")
     figure, axes = _panels(2, 2, (5.5, 3.9))
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
-        _draw(ax, points, README_BITS, labels=False)
+        _draw(ax, points, README_BITS)
         ax.set_xlabel("stored bits an element", fontsize=9)
         ax.set_title(title, fontsize=11)
     _legend(figure, panels, README_BITS)
+    for ax, points in zip(axes, panels.values(), strict=True):
+        _label(figure, ax, [point for point in points if point.bits <= README_BITS], everything=False)
     return _save(figure, path, 100)
 
 
@@ -159,8 +167,8 @@ def _panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure
     return figure, axes[:count]
 
 
-def _draw(ax: Any, points: Sequence[Point], max_bits: float, labels: bool) -> None:
-    """Points and envelopes; `labels`: name the baselines too."""
+def _draw(ax: Any, points: Sequence[Point], max_bits: float) -> None:
+    """Points and envelopes."""
     drawn = [point for point in points if point.bits <= max_bits and point.family in FAMILIES]
     ours = envelope(point for point in drawn if point.family == OURS)
     others = envelope(point for point in drawn if point.family != OURS)
@@ -185,7 +193,6 @@ def _draw(ax: Any, points: Sequence[Point], max_bits: float, labels: bool) -> No
             elinewidth=1,
             zorder=3 if own else 2,
         )
-    _label(ax, [point for point in drawn if labels or point.family == OURS or point.change > MAX_PERCENT])
     bars = [(point.change, point.error) for point in drawn if point.change <= MAX_PERCENT]
     lowest = min((change - (error if math.isfinite(error) else 0.0) for change, error in bars), default=0.0)
     ax.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -208,27 +215,72 @@ def _height(point: Point) -> float:
     return min(point.change, MAX_PERCENT)
 
 
-def _label(ax: Any, points: Sequence[Point]) -> None:
-    """Names: ours below their points, the others above; one line further off where two would lie over each other."""
-    previous: dict[bool, tuple[float, float, int]] = {}
-    for point in sorted(points, key=lambda point: (point.bits, -point.change)):
-        own, height = point.family == OURS, _height(point)
-        text = point.codec + (f" {point.change:+,.0f}%" if point.change > MAX_PERCENT else "")
-        bits, beside, line = previous.get(own, (-math.inf, 0.0, 0))
-        near = point.bits - bits < 0.6 and abs(height - beside) < 0.35 * max(abs(height), abs(beside), LINEAR_PERCENT)
-        line = (line + 1) % 3 if near else 0
-        previous[own] = point.bits, height, line
+def _label(figure: Figure, ax: Any, points: Sequence[Point], everything: bool) -> None:
+    """Names of points: ours below, the others above; only where they cover no other name and no marker.
+
+    `everything` false: only our presets and what has collapsed. Names of presets, then of the
+    envelopes, are placed first.
+    """
+    figure.draw_without_rendering()  # settles the layout, which positions in pixels need
+    points = [point for point in points if point.family in FAMILIES]
+    steps = [
+        *envelope(point for point in points if point.family == OURS),
+        *envelope(point for point in points if point.family != OURS),
+    ]
+    wanted = [point for point in points if everything or point.codec in PRESETS or point.change > MAX_PERCENT]
+    wanted.sort(
+        key=lambda point: (
+            point.codec not in PRESETS,
+            point not in steps,
+            point.family != OURS,
+            point.bits,
+            point.change,
+        )
+    )
+    scale = figure.dpi / 72
+    middles = {point.codec: ax.transData.transform((point.bits, _height(point))) for point in points}
+    half = 3 * scale
+    taken = [(x - half, y - half, x + half, y + half) for x, y in middles.values()]
+    frame = ax.get_window_extent().extents
+    for point in wanted:
+        own = point.family == OURS
+        text = point.codec + (f" {_short(point.change)}" if point.change > MAX_PERCENT else "")
+        size = 8 if own else 7
+        width, height = 0.56 * size * len(text) * scale, 1.1 * size * scale
+        x, y = middles[point.codec]
+        sides = [(0.0, side * 6.0 * line) for line in (1, 2.6) for side in ((-1, 1) if own else (1, -1))]
+        sides += [(side * (width / 2 / scale + 6), 0.0) for side in (1, -1)]
+        for across, up in sides:
+            middle = y + up * scale + math.copysign(height / 2, up) * (up != 0)
+            left, low = x + across * scale - width / 2, middle - height / 2
+            box = (left, low, left + width, low + height)
+            inside = frame[0] <= box[0] and box[2] <= frame[2] + 12 * scale
+            inside = inside and frame[1] <= box[1] and box[3] <= frame[3]
+            if inside and not any(_overlap(box, other) for other in taken):
+                break
+        else:
+            continue  # no room: the tables name it
+        taken.append(box)
         ax.annotate(
             text,
-            (point.bits, height),
-            xytext=(0, -7 - 10 * line if own else 6 + 8 * line),
+            (point.bits, _height(point)),
+            xytext=(across, up),
             textcoords="offset points",
             ha="center",
-            va="top" if own else "bottom",
-            fontsize=8 if own else 6,
+            va="center" if not up else "top" if up < 0 else "bottom",
+            fontsize=size,
             color=_STYLES[point.family][0],
             zorder=4,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )
+
+
+def _short(change: float) -> str:
+    return f"{change:+,.0f}%" if change < 1e5 else f"{change / 1e6:+.1f}M%"
+
+
+def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
 def _legend(figure: Figure, panels: Mapping[str, Sequence[Point]], max_bits: float) -> None:
@@ -259,6 +311,9 @@ def _image(figure: Figure, ax: Any, grid: NDArray[np.float64], logarithmic: bool
 
 def _save(figure: Figure, path: Path, dpi: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No version and no date: equal results give equal files.
-    figure.savefig(path, dpi=dpi, metadata={"Software": None})
+    # A palette makes files a third as large. No version and no date: equal results give equal files.
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png", metadata={"Software": None})
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)
     return path
