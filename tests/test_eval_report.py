@@ -349,6 +349,54 @@ def test_collapsed_codecs_and_gains_stay_in_the_picture(tmp_path: Path, monkeypa
     ]
 
 
+def drawn_names(monkeypatch: pytest.MonkeyPatch, draw: Any, points: list[Point], path: Path) -> list[list[Any]]:
+    """Names in each panel of a picture with two panels of these points."""
+    figures: list[Any] = []
+    real = plots._save
+
+    def save(figure: Any, path: Path, dpi: int) -> Path:
+        figures.append(figure)
+        return real(figure, path, dpi)
+
+    monkeypatch.setattr(plots, "_save", save)
+    draw({"one": points, "two": points}, path)
+    figures[0].draw_without_rendering()  # sizes at the figure's own resolution, not at the file's
+    return [list(axes.texts) for axes in figures[0].axes]
+
+
+CROWD = [
+    *(
+        point(name, 3.25 + 0.02 * i, 2.0 - 0.02 * i)
+        for i, name in enumerate(["hq3", "hq3@p128", "hq:s21_r2", "k=hq3,v=hq4"])
+    ),
+    *(
+        point(name, 4.20 + 0.02 * i, 0.8)
+        for i, name in enumerate(["hq4@p128", "k=hq4,v=hq3.5@p128", "k=hq5,v=hq3", "hq4"])
+    ),
+    *(point(name, 4.25, 3e4) for name in ["int4", "turbo-4"]),
+    *(point(f"kivi-{i}:k128v64", i + 0.375, 40 * 0.2**i) for i in (2, 3, 4)),
+]
+
+
+def test_names_cover_neither_each_other_nor_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for texts in drawn_names(monkeypatch, plots.bits_loss, CROWD, tmp_path / "x.png"):
+        boxes = {text.get_text(): text.get_window_extent() for text in texts}
+        assert {"hq3", "hq4", "kivi-2:k128v64", "kivi-4:k128v64", "int4 +30,000%"} <= set(boxes)
+        for name, box in boxes.items():
+            assert not [other for other in boxes if other != name and box.overlaps(boxes[other])]
+            assert not [
+                item.codec
+                for item in CROWD
+                if box.contains(*texts[0].axes.transData.transform((item.bits, item.change)))
+            ]
+
+
+def test_readme_names_presets_and_what_collapsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for texts in drawn_names(monkeypatch, plots.readme_figure, CROWD, tmp_path / "x.png"):
+        names = {text.get_text() for text in texts}
+        assert {"hq3", "hq4", "int4 +30,000%"} <= names <= {"hq3", "hq4", "int4 +30,000%", "turbo-4 +30,000%"}
+
+
 def test_readme_figure(tmp_path: Path) -> None:
     points = [
         point(codec, 3 + 0.3 * i, 50 * 0.6**i, 0.05)

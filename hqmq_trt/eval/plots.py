@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -207,7 +208,8 @@ def _draw(ax: Any, points: Sequence[Point], max_bits: float) -> None:
     )
     ax.set_xlim(right=right)
     ax.set_ylabel("change of perplexity (symlog)", fontsize=9)
-    ax.grid(axis="y", color="#eeeeee", zorder=0)
+    ax.set_axisbelow(True)
+    ax.grid(axis="y", color="#eeeeee")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -237,50 +239,39 @@ def _label(figure: Figure, ax: Any, points: Sequence[Point], everything: bool) -
             point.change,
         )
     )
-    scale = figure.dpi / 72
-    middles = {point.codec: ax.transData.transform((point.bits, _height(point))) for point in points}
-    half = 3 * scale
-    taken = [(x - half, y - half, x + half, y + half) for x, y in middles.values()]
-    frame = ax.get_window_extent().extents
+    markers = ax.transData.transform([(point.bits, _height(point)) for point in points])
+    half = 3 * figure.dpi / 72
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in markers]
+    frame = ax.get_window_extent()
     for point in wanted:
         own = point.family == OURS
-        text = point.codec + (f" {_short(point.change)}" if point.change > MAX_PERCENT else "")
-        size = 8 if own else 7
-        width, height = 0.56 * size * len(text) * scale, 1.1 * size * scale
-        x, y = middles[point.codec]
-        sides = [(0.0, side * 6.0 * line) for line in (1, 2.6) for side in ((-1, 1) if own else (1, -1))]
-        sides += [(side * (width / 2 / scale + 6), 0.0) for side in (1, -1)]
-        for across, up in sides:
-            middle = y + up * scale + math.copysign(height / 2, up) * (up != 0)
-            left, low = x + across * scale - width / 2, middle - height / 2
-            box = (left, low, left + width, low + height)
-            inside = frame[0] <= box[0] and box[2] <= frame[2] + 12 * scale
-            inside = inside and frame[1] <= box[1] and box[3] <= frame[3]
-            if inside and not any(_overlap(box, other) for other in taken):
-                break
-        else:
-            continue  # no room: the tables name it
-        taken.append(box)
-        ax.annotate(
-            text,
+        name = ax.annotate(
+            point.codec + (f" {_short(point.change)}" if point.change > MAX_PERCENT else ""),
             (point.bits, _height(point)),
-            xytext=(across, up),
+            xytext=(0, 0),
             textcoords="offset points",
             ha="center",
-            va="center" if not up else "top" if up < 0 else "bottom",
-            fontsize=size,
+            va="center",
+            fontsize=8 if own else 7,
             color=_STYLES[point.family][0],
             zorder=4,
             path_effects=[withStroke(linewidth=2, foreground="white")],
         )
+        name.set_in_layout(False)  # else it would move the axes, and with them the names
+        width = name.get_window_extent().width * 72 / figure.dpi
+        vertical = [(0.0, side * line) for line in (11.0, 20.0) for side in ((-1, 1) if own else (1, -1))]
+        for name.xyann in (*vertical, (width / 2 + 6, 0.0), (-width / 2 - 6, 0.0)):
+            box = name.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 2 * half and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+        else:
+            name.remove()  # no room: the tables have it
 
 
 def _short(change: float) -> str:
     return f"{change:+,.0f}%" if change < 1e5 else f"{change / 1e6:+.1f}M%"
-
-
-def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
 def _legend(figure: Figure, panels: Mapping[str, Sequence[Point]], max_bits: float) -> None:
