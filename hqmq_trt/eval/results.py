@@ -107,7 +107,7 @@ def read_records(folders: Sequence[str | Path]) -> list[Record]:
     for folder in folders:
         if not (Path(folder) / FILE).is_file():
             raise HqmqError(f"{folder}: holds no {FILE}; give a folder that `hqmq-trt eval … --output` wrote")
-        for record in Store(folder).records():
+        for record in Store(folder, read_only=True).records():
             merged[repr(sorted(record["key"].items()))] = record
     if not merged:
         raise HqmqError(f"{', '.join(map(str, folders))}: hold no results yet")
