@@ -46,11 +46,12 @@ def kv(
     K is taken after RoPE, as the cache holds it. The statistics are those of the model as it is; our schemes' errors
     those with K balanced, as they run (``unbalanced:hq4``: as it is). Errors are those of full pages, all of them read
     decoded."""
+    output = Output(json_mode, quiet, verbose)  # before what shows progress bars of its own is imported
+
     from hqmq_trt.eval.kv_statistics import measure_kv
     from hqmq_trt.eval.perplexity import parse_range, read_windows
     from hqmq_trt.eval.subject import REFERENCE, Codec, TorchSubject, open_subjects
 
-    output = Output(json_mode, quiet, verbose)
     numbers = parse_range(windows)
     codecs = list(
         {codec.name: codec for codec in (Codec.parse(name, seed) for name in scheme or DEFAULT_SCHEMES)}.values()

@@ -69,6 +69,8 @@ def tasks(
     its last page exactly; the column "coded" says how many tokens that were, on average. Benchmarks are few-shot for
     that reason: a bare question would lie in the exact page wholly. Even so, of a short question it is mostly the
     examples that are coded; a scheme with smaller pages (hq4@p16) codes more. Items are a fixed random choice."""
+    output = Output(json_mode, quiet, verbose)  # before what shows progress bars of its own is imported
+
     from hqmq_trt.cli.eval import about, open_source
     from hqmq_trt.eval.recall import RECALL_TASKS
     from hqmq_trt.eval.store import Store
@@ -77,7 +79,6 @@ def tasks(
     from hqmq_trt.eval.task_summary import summaries
     from hqmq_trt.eval.tasks import measure
 
-    output = Output(json_mode, quiet, verbose)
     names = list(dict.fromkeys(task))
     asked = _contexts(contexts)
     # What is wrong with the options or the data is said before a model is loaded.
