@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.eval.envelope import FP16, OURS, TRIAL, Comparison, Point, compare_envelopes, family
 from hqmq_trt.eval.perplexity import TASK as PPL
 from hqmq_trt.eval.perplexity import Perplexity, summarise
-from hqmq_trt.eval.statistics import Estimate, paired_mean, wilson
-from hqmq_trt.eval.store import FILE, Record, Store
+from hqmq_trt.eval.statistics import Estimate, paired_mean, score_interval
+from hqmq_trt.eval.store import FILE, Record, Store, column, item_name
 from hqmq_trt.eval.subject import REFERENCE
 
 BUDGETS = (3.0, 5.5)
@@ -196,39 +194,32 @@ def _text(title: str, records: Sequence[Record]) -> Text:
 def _task_runs(records: Sequence[Record]) -> Iterable[TaskRun]:
     for (task, _, context), group in _grouped(records, "task", "data_sha256", "context").items():
         codecs = _grouped(group, "codec", "mode")
-        reference = {_item(record): record["value"] for record in codecs.get((REFERENCE, ""), [])}
+        reference = {item_name(record["key"]): record["value"] for record in codecs.get((REFERENCE, ""), [])}
         scores = [_score(codec, mode, part, reference) for (codec, mode), part in codecs.items()]
         scores.sort(key=lambda item: (item.mode, item.codec != REFERENCE, item.stored_bits, item.codec))
         yield TaskRun(task, context, tuple(scores))
 
 
-def _item(record: Record) -> str:
-    """What tells an item from the others of its task."""
-    return repr(sorted((name, value) for name, value in record["key"].items() if name not in ("codec", "mode")))
-
-
 def _score(codec: str, mode: str, records: Sequence[Record], reference: Mapping[str, Record]) -> Score:
-    values = {_item(record): record["value"] for record in records}
-    scores = _column(values.values(), "score")
+    values = {item_name(record["key"]): record["value"] for record in records}
+    scores = column(values.values(), "score")
     difference = nll = None
     if codec != REFERENCE and reference and set(values) <= set(reference):
         exact = [reference[name] for name in values]
-        difference = paired_mean(scores - _column(exact, "score"))
-        nll = paired_mean(_column(values.values(), "nll") - _column(exact, "nll"))
-    bits, coded = (float(_column(values.values(), name).mean()) for name in ("stored_bits", "coded_tokens"))
-    return Score(codec, mode, len(scores), float(scores.mean()), _interval(scores), difference, nll, coded, bits)
-
-
-def _interval(scores: Any) -> tuple[float, float]:
-    if set(scores.tolist()) <= {0.0, 1.0}:
-        return wilson(int(scores.sum()), len(scores))
-    mean = paired_mean(scores)
-    half = 1.96 * mean.error
-    return max(0.0, mean.mean - half), min(1.0, mean.mean + half)
-
-
-def _column(values: Iterable[Record], name: str) -> Any:
-    return np.array([value[name] for value in values], np.float64)
+        difference = paired_mean(scores - column(exact, "score"))
+        nll = paired_mean(column(values.values(), "nll") - column(exact, "nll"))
+    bits, coded = (float(column(values.values(), name).mean()) for name in ("stored_bits", "coded_tokens"))
+    return Score(
+        codec,
+        mode,
+        len(scores),
+        float(scores.mean()),
+        score_interval(scores, set(scores.tolist()) <= {0.0, 1.0}),
+        difference,
+        nll,
+        coded,
+        bits,
+    )
 
 
 def _recall(records: Sequence[Record]) -> dict[str, dict[str, dict[tuple[int, float], float]]]:
@@ -238,5 +229,5 @@ def _recall(records: Sequence[Record]) -> dict[str, dict[str, dict[tuple[int, fl
         placed, "task", "codec", "mode", "context", "depth"
     ).items():
         cells = found.setdefault(task, {}).setdefault(f"{codec} ({mode})" if mode else codec, {})
-        cells[context, float(depth)] = float(_column((record["value"] for record in group), "score").mean())
+        cells[context, float(depth)] = float(column((record["value"] for record in group), "score").mean())
     return found

@@ -33,9 +33,9 @@ class SessionSubject(Subject):
     def __init__(self, folder: str | Path, max_context: int | None = None, tokenizer: Any = None) -> None:
         self._session: Session = open_session(folder, max_batch=1, max_context=max_context, prefill_chunk=None)
         manifest = self._session.manifest
-        self._codec = Codec("", scheme=self._session.scheme)
+        self._codec = Codec.of(self._session.scheme)
         self.model_name, self.model_sha256 = manifest.source, self._session.model_sha256()
-        self.codec = self._session.scheme.name + (f"#{manifest.seed}" if manifest.seed else "")
+        self.codec = self._codec.name
         self.mode, self.max_context = manifest.mode, self._session.max_context
         runtime = "tensorrt" if isinstance(self._session, TrtSession) else "onnxruntime"
         self.where = f"{runtime} {manifest.dtype}"

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
 
@@ -78,3 +81,13 @@ class Store:
 
 def _name(key: Record) -> str:
     return json.dumps(key, sort_keys=True)
+
+
+def item_name(key: Record) -> str:
+    """What a key names but for codec and mode: two codecs' records of one item share it."""
+    return repr(sorted((name, value) for name, value in key.items() if name not in ("codec", "mode")))
+
+
+def column(values: Iterable[Record], name: str) -> NDArray[np.float64]:
+    """One field of many records' values, float64 [N]."""
+    return np.array([value[name] for value in values], np.float64)

@@ -133,7 +133,12 @@ class Codec:
                 scheme = Scheme.parse(text, seed)
             except HqmqError as error:
                 raise HqmqError(f"{error}; or a baseline: {', '.join(baseline_names())}") from not_baseline
-        name = scheme.name + (f"#{seed}" if seed else "")
+        return Codec.of(scheme)
+
+    @staticmethod
+    def of(scheme: Scheme) -> Codec:
+        """The codec of a scheme; codebooks of another seed than 0 show in its name."""
+        name = scheme.name + (f"#{scheme.seed}" if scheme.seed else "")
         return Codec(name, scheme=scheme, balanced=applies_to(scheme))
 
     @property
@@ -193,15 +198,13 @@ class TorchSubject(Subject):
             codec.scheme.check_head_dim(model_head_dim(model.config))
 
     def _cache(self) -> Any:
-        if self._codec.scheme is not None:
-            return (HqmqCache.for_model if self.mode == "fused" else HqmqCache)(*self._cache_arguments())
+        scheme = self._codec.scheme
+        if scheme is not None:
+            fused = self.mode == "fused"
+            return HqmqCache.for_model(self.model, scheme) if fused else HqmqCache(self.model.config, scheme)
         if self._codec.baseline is not None:
             return BaselineCache.for_model(self.model, self._codec.baseline, self.mode)
         return None
-
-    def _cache_arguments(self) -> tuple[Any, Scheme]:
-        assert self._codec.scheme is not None
-        return (self.model if self.mode == "fused" else self.model.config), self._codec.scheme
 
     @contextmanager
     def _running(self) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hqmq_trt.eval.statistics import Estimate, paired_mean, wilson
-from hqmq_trt.eval.store import Record, Store
+from hqmq_trt.eval.statistics import Estimate, paired_mean, score_interval, sign_test
+from hqmq_trt.eval.store import Record, Store, column, item_name
 from hqmq_trt.eval.subject import REFERENCE, Subject
 from hqmq_trt.eval.tasks import Task, problem_key
 
@@ -76,22 +75,15 @@ class TaskResult:
         return math.exp(self.nll)
 
 
-def sign_test(better: int, worse: int) -> float:
-    """Two-sided p of so uneven a split if both were equally likely (exact binomial; McNemar's test of flips)."""
-    count = better + worse
-    tail = sum(math.comb(count, i) for i in range(min(better, worse) + 1)) / 2**count
-    return min(1.0, 2 * tail)
-
-
 def summaries(store: Store, subject: Subject, task: Task) -> list[TaskResult]:
     """All codecs that the store has for these problems, this model and runtime, by group, reference first."""
     found = []
     for group in dict.fromkeys(problem.group for problem in task.problems):
         problems = [problem for problem in task.problems if problem.group == group]
-        keys = {_name(problem_key(subject, task, problem)) for problem in problems}
+        keys = {item_name(problem_key(subject, task, problem)) for problem in problems}
         by_codec: dict[tuple[str, str], dict[Any, Record]] = {}
         for record in store.records(task=task.name):
-            name, key = _name(record["key"]), record["key"]
+            name, key = item_name(record["key"]), record["key"]
             if name in keys:
                 by_codec.setdefault((key["codec"], key["mode"]), {})[name] = record["value"]
         reference = by_codec.get((REFERENCE, ""))
@@ -102,32 +94,22 @@ def summaries(store: Store, subject: Subject, task: Task) -> list[TaskResult]:
     return found
 
 
-def _name(key: Record) -> Any:
-    """A key without codec and mode, hashable."""
-    return tuple(sorted((name, value) for name, value in key.items() if name not in ("codec", "mode")))
-
-
 def _summarise(
     task: Task, group: str, codec: str, mode: str, values: dict[Any, Record], reference: dict[Any, Record] | None
 ) -> TaskResult:
     names = sorted(values, key=repr)
     rows = [values[name] for name in names]
-    scores = _column(rows, "score")
-    if task.binary:
-        interval = wilson(int(scores.sum()), len(scores))
-    else:
-        mean = paired_mean(scores)
-        half = 1.96 * mean.error if len(scores) > 1 else 1.0
-        interval = max(0.0, mean.mean - half), min(1.0, mean.mean + half)
+    scores = column(rows, "score")
+    interval = score_interval(scores, task.binary)
     difference = nll_difference = sign_p = within = None
     better = worse = 0
     if reference is not None and codec != REFERENCE and set(values) <= set(reference):
         exact = [reference[name] for name in names]
-        change = scores - _column(exact, "score")
+        change = scores - column(exact, "score")
         better, worse = int((change > 0).sum()), int((change < 0).sum())
         difference, sign_p = paired_mean(change), sign_test(better, worse)
-        nll_difference = paired_mean(_column(rows, "nll") - _column(exact, "nll"))
-        within = interval[0] <= float(_column(exact, "score").mean()) <= interval[1]
+        nll_difference = paired_mean(column(rows, "nll") - column(exact, "nll"))
+        within = interval[0] <= float(column(exact, "score").mean()) <= interval[1]
     papers = [row["paper_bits"] for row in rows]
     return TaskResult(
         task=task.name,
@@ -139,21 +121,17 @@ def _summarise(
         skipped=task.skipped,
         score=float(scores.mean()),
         interval=interval,
-        score_by_sum=float(_column(rows, "score_by_sum").mean()) if "score_by_sum" in rows[0] else None,
+        score_by_sum=float(column(rows, "score_by_sum").mean()) if "score_by_sum" in rows[0] else None,
         difference=difference,
         better=better,
         worse=worse,
         sign_p=sign_p,
         within=within,
-        nll=float(_column(rows, "nll").mean()),
+        nll=float(column(rows, "nll").mean()),
         nll_difference=nll_difference,
-        prompt_tokens=float(_column(rows, "prompt_tokens").mean()),
-        coded_tokens=float(_column(rows, "coded_tokens").mean()),
-        stored_bits=float(_column(rows, "stored_bits").mean()),
+        prompt_tokens=float(column(rows, "prompt_tokens").mean()),
+        coded_tokens=float(column(rows, "coded_tokens").mean()),
+        stored_bits=float(column(rows, "stored_bits").mean()),
         paper_bits=None if None in papers else float(np.mean(papers)),
         tail=max(row["tail"] for row in rows),
     )
-
-
-def _column(rows: Sequence[Record], name: str) -> Any:
-    return np.array([row[name] for row in rows], np.float64)
