@@ -94,7 +94,7 @@ def main(
     speed: Annotated[str, typer.Option(help="More arguments for benchmarks.engine, in one string.")] = "",
     deadline: Annotated[float, typer.Option(help="Seconds for this call; what is left goes into the next.")] = 3600.0,
     tests: Annotated[str, typer.Option(help=f"Test files of stages tests and quiet: {', '.join(TESTS)}.")] = "",
-    engines_after: Annotated[Path | None, typer.Option(help="Engines wait for this file, as of a TensorRT.")] = None,
+    gpu_after: Annotated[Path | None, typer.Option(help="All but exports waits for this file to appear.")] = None,
     commit: Annotated[str | None, typer.Option(help="Where git cannot tell.")] = None,
     list_only: Annotated[bool, typer.Option("--list", help="Print the plan and exit.")] = False,
 ) -> None:
@@ -124,7 +124,7 @@ def main(
         keep_exports=keep_exports,
         speed=speed.split(),
         tests=files,
-        engines_after=engines_after,
+        gpu_after=gpu_after,
     )
     if not options.models and wanted & {"export", "engines", "text", "memory", "diff", "samples"}:
         raise typer.BadParameter(

@@ -71,7 +71,7 @@ class Options:
     keep_exports: bool
     speed: list[str]
     tests: Sequence[str] = ()
-    engines_after: Path | None = None
+    gpu_after: Path | None = None
 
     def combos(self) -> list[Combo]:
         """All engines, the models in turn so that small and large ones run side by side."""
@@ -111,14 +111,14 @@ class Stages:
                 log("the libraries were not built: going on with those that are there")
             tasks: list[Callable[[], Any]] = []
             if wanted & {"plugins", "sanitizer"}:
-                tasks.append(partial(self.checks.kernels, wanted))
+                tasks.append(partial(self.on_gpu, partial(self.checks.kernels, wanted)))
             if sources | (wanted & {"engines"}):
                 tasks += [partial(self.chain, name, wanted, converted[name], built[name]) for name in models]
             else:
                 for event in built.values():
                     event.set()
             if "tests" in wanted:
-                tasks += [partial(self.checks.beside, name) for name in self.checks.files()]
+                tasks += [partial(self.on_gpu, partial(self.checks.beside, name)) for name in self.checks.files()]
             if "samples" in wanted:
                 tasks.append(partial(self.samples, built))
             if "speed" in wanted:
@@ -138,6 +138,17 @@ class Stages:
             self.runner.job("memory", "all", {"engines": engines}, 240)
         if "speed" in wanted:
             self.runner.command("speed", "kernels", self._speed("kernels"), 120, read_words, threads=4)
+
+    def wait_for_gpu(self) -> None:
+        """Until the file of --gpu-after is there, if one was named."""
+        after = self.options.gpu_after
+        while after is not None and not after.exists() and self.runner.left() > 5:
+            time.sleep(0.5)
+
+    def on_gpu(self, task: Callable[[], Any]) -> None:
+        """Run a task that needs TensorRT or the GPU."""
+        self.wait_for_gpu()
+        task()
 
     def onnx(self, combo: Combo) -> Path:
         """Folder of an export."""
@@ -223,9 +234,7 @@ class Stages:
         exported.wait()
         if "engines" not in wanted:
             return self.engine(combo).is_dir()
-        after = self.options.engines_after
-        while after is not None and not after.exists() and self.runner.left() > 5:
-            time.sleep(0.5)
+        self.wait_for_gpu()
         if "export" in wanted and not self.engine(combo).is_dir() and self.runner.kept("export", combo.key) is None:
             return False
         cache = self.work / f"timing.{combo.model}.cache"
