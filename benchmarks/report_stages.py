@@ -97,7 +97,10 @@ class Stages:
             (self.work / folder).mkdir(parents=True, exist_ok=True)
         self._slots = {kind: Semaphore(count) for kind, count in SLOTS.items()}
         self._first = {name: Lock() for name in options.models}
-        self.checks = Checks(runner, options.tests)
+        # tests/gpu/test_samples.py configures samples/cpp by itself: CMake takes these from the environment too.
+        defined = [text[2:].partition("=") for text in options.cmake if text.startswith("-D")]
+        named = {name: value for name, _, value in defined if name == "TensorRT_ROOT"}
+        self.checks = Checks(runner, options.tests, named)
 
     def run(self, wanted: set[str]) -> None:
         """Run the stages asked for."""

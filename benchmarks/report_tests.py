@@ -10,6 +10,8 @@ from threading import Semaphore
 from benchmarks.report_commands import Result, Runner, together
 from benchmarks.report_readers import read_junit, read_sanitizer
 
+WORKERS = {"engine_build": 4}
+"""Processes of pytest-xdist for files that build many engines and measure nothing."""
 TESTS = {"trt_session": 400.0, "trt_diff": 400.0, "samples": 300.0, "engine_build": 400.0, "ort_cuda": 200.0}
 """Files tests/gpu/test_*.py of stage ``tests`` with their limits in seconds."""
 QUIET = {"trt_session": "thousand_sessions or host_time", "trt_diff": "given_back", "ort_cuda": "memory_back"}
@@ -43,10 +45,10 @@ _PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
 
 
 class Checks:
-    """Runs tests and sanitizers with a runner; `files` of TESTS."""
+    """Runs tests (`files` of TESTS) and sanitizers with a runner. `env`: more variables, for tests that build programs."""
 
-    def __init__(self, runner: Runner, files: Sequence[str] = ()) -> None:
-        self.runner, self._files = runner, list(files) or list(TESTS)
+    def __init__(self, runner: Runner, files: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+        self.runner, self._files, self._env = runner, list(files) or list(TESTS), env
         self._slots = Semaphore(SIDE_BY_SIDE)
 
     def pytest(self, stage: str, key: str, file: str, seconds: float, *more: str, threads: int = 2) -> None:
@@ -64,7 +66,7 @@ class Checks:
             said = [line.strip(".") for line in output.splitlines() if line.strip(".").startswith(_SAID)]
             return {**found, "ok": code == 0 and found["ok"], "error": problem, "said": said}
 
-        self.runner.command(stage, key, command, seconds, read, threads=threads)
+        self.runner.command(stage, key, command, seconds, read, self._env, threads=threads)
 
     def files(self) -> list[str]:
         """Those that this machine can run: it has onnxruntime or onnxruntime-gpu, which are one module."""
@@ -79,7 +81,9 @@ class Checks:
 
     def beside(self, name: str) -> None:
         """What may run beside others of a file of TESTS."""
-        some = ("-k", f"not ({QUIET[name]})") if name in QUIET else ()
+        some = ["-k", f"not ({QUIET[name]})"] if name in QUIET else []
+        if name in WORKERS:
+            some += ["-n", str(WORKERS[name])]
         with self._slots:
             self.pytest("tests", name, name, TESTS[name], *some)
 

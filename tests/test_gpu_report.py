@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_the_exports_of_a_model_fork_from_one_process(tiny_model: Callable[[str]
         assert (manifest.mode, manifest.source, manifest.dtype) == (combo.mode, "m", "float16")
         assert manifest.tokenizer_files
     assert len(written) == 5, "the report is written anew after every result"
+
+
+def test_tests_of_samples_get_the_headers_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(options(""), cmake=["-DTensorRT_ROOT=/opt/a=b", "-DCMAKE_CUDA_ARCHITECTURES=90a-real"])
+    seen: dict[str, tuple[list[str], dict[str, str]]] = {}
+
+    def command(_: str, key: str, line: list[str], __: float, ___: object, env: dict[str, str], **____: int) -> None:
+        seen[key] = line, env
+
+    runner = Runner(tmp_path, False, time.monotonic() + 100)
+    monkeypatch.setattr(runner, "command", command)
+    checks = Stages(runner, given).checks
+    checks.beside("samples")
+    checks.beside("engine_build")
+    assert seen["samples"][1] == {"TensorRT_ROOT": "/opt/a=b"}
+    assert seen["engine_build"][0][-2:] == ["-n", "4"]
+    assert "-n" not in seen["samples"][0]
 
 
 def test_a_batch_that_is_ended_keeps_the_cases_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
