@@ -45,7 +45,7 @@ _PYTEST = ["-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
 
 
 class Checks:
-    """Runs tests (`files` of TESTS) and sanitizers with a runner. `env`: more variables, for tests that build programs."""
+    """Runs tests (`files` of TESTS) and sanitizers with a runner. `env`: also for tests that build programs."""
 
     def __init__(self, runner: Runner, files: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
         self.runner, self._files, self._env = runner, list(files) or list(TESTS), env
