@@ -152,7 +152,7 @@ PRESETS: dict[str, tuple[RoleScheme, RoleScheme]] = {
 }
 """Preset name → (key codec, value codec). To change a preset, edit this table."""
 
-OPTIMISED_SECONDARIES = (21, 42, 85, 170, 341, 682)
+OPTIMISED_SECONDARIES = (5, 10, 21, 42, 85, 170, 341, 682)
 """S for which data/codebooks.npz holds optimised secondaries: floor(2^k / 24) fills whole bits."""
 
 OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
