@@ -116,7 +116,7 @@ def _point(point: Point) -> dict[str, Any]:
 def _table(table: ReportTable) -> Table:
     shown = Table(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
     for number, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if number else "left")
+        shown.add_column(name, justify="left" if number < table.text_columns else "right")
     for row in table.rows:
         shown.add_row(*row)
     return shown

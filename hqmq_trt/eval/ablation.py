@@ -129,5 +129,5 @@ def _changes(entry: Model, codec: str, modes: Sequence[str]) -> str:
         shown.append(cells.with_error(100 * item.change.mean, 100 * item.change.error))
     if set(shown) == {NOT_MEASURED}:
         return NOT_MEASURED
-    few = f" ({', '.join(map(str, sorted(windows)))} windows)" if windows else ""
+    few = f" ({cells.windows(*sorted(windows))})" if windows else ""
     return "; ".join(shown) + few

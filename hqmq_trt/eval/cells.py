@@ -43,3 +43,8 @@ def bits_range(values: Iterable[float]) -> str:
     if not found:
         return NOT_MEASURED
     return found[0] if found[0] == found[-1] else f"{found[0]}…{found[-1]}"
+
+
+def windows(*counts: int) -> str:
+    """``1 window``, ``9, 18 windows``."""
+    return f"{', '.join(map(str, counts))} window{'' if counts == (1,) else 's'}"

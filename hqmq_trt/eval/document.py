@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.eval import ablation, cells
@@ -38,11 +38,13 @@ class Entry:
     """One model of the document: a text of a run.
 
     Attributes:
-        name: in the tables; no two are equal.
+        model: its name in the settings, or in the results.
+        name: in the tables: the model's, with details where several entries are of one name.
         head_dim: D if the settings say so.
         run, text: where its numbers are.
     """
 
+    model: str
     name: str
     head_dim: int | None
     run: Run
@@ -75,11 +77,11 @@ def entries(found: Sequence[Run], settings: Settings) -> list[Entry]:
         place = next((i for i, model in enumerate(known) if run.sha256.startswith(model.sha256)), len(known))
         named = known[place] if place < len(known) else None
         name, head_dim = (named.name, named.head_dim) if named else (run.model, None)
-        listed.append((place, Entry(name, head_dim, run, text)))
+        listed.append((place, Entry(name, name, head_dim, run, text)))
     listed.sort(key=lambda pair: pair[0])
     counts = Counter(entry.name for _, entry in listed)
     result = [entry if counts[entry.name] == 1 else _told_apart(entry) for _, entry in listed]
-    names = {entry.name for entry in result} | {model.name for model in known}
+    names = {entry.model for entry in result} | {model.name for model in known}
     for target in settings.targets:
         if target.model not in names:
             raise HqmqError(f"a target is for '{target.model}', which no model is called: {', '.join(sorted(names))}")
@@ -88,7 +90,7 @@ def entries(found: Sequence[Run], settings: Settings) -> list[Entry]:
 
 def _told_apart(entry: Entry) -> Entry:
     details = f"{entry.run.where}, {entry.run.sha256[:8]}, {entry.text.title.removeprefix(f'{entry.run.model}, ')}"
-    return Entry(f"{entry.name} ({details})", entry.head_dim, entry.run, entry.text)
+    return replace(entry, name=f"{entry.name} ({details})")
 
 
 def modes_of(models: Sequence[Entry]) -> list[str]:
@@ -151,7 +153,7 @@ def _changes(entry: Entry, codec: str, modes: Sequence[str]) -> str:
         text = NOT_MEASURED
         if item and item.change:
             text = cells.signed(100 * item.change.mean, short=True)
-            text += f" ({item.windows} windows)" if item.windows != entry.usual else ""
+            text += f" ({cells.windows(item.windows)})" if item.windows != entry.usual else ""
         shown.append(text)
     return NOT_MEASURED if set(shown) == {NOT_MEASURED} else " / ".join(shown)
 
@@ -170,7 +172,7 @@ def envelopes(models: Sequence[Entry]) -> Table:
         numbers = (len(found), count[BETTER], count[WITHIN], count[WORSE])
         rows.append((entry.name, mode, *map(str, numbers), spans or NOT_MEASURED))
     columns = ("model", "mode", "stretches", "ours better", WITHIN, "ours worse", "nothing of ours so small")
-    return Table("Best within a budget", columns, tuple(rows))
+    return Table("Best within a budget", columns, tuple(rows), text_columns=2)
 
 
 def _spans(found: Iterable[tuple[float, float]]) -> str:
@@ -206,7 +208,7 @@ def above(models: Sequence[Entry]) -> Table:
         "best of ours",
         "ours − baseline (points)",
     )
-    return Table("Stretches in which ours is above", columns, tuple(rows), "Clear: by more than 2 standard errors.")
+    return Table("Stretches in which ours is above", columns, tuple(rows), "Clear: by more than 2 standard errors.", 4)
 
 
 def _named(point: Point) -> str:
@@ -214,28 +216,25 @@ def _named(point: Point) -> str:
 
 
 def targets(models: Sequence[Entry], modes: Sequence[str], wanted: Sequence[Target]) -> Table:
-    """What became of each target: a row a target, a column a mode."""
-    known = {entry.name: entry for entry in models}
+    """What became of each target: a row a target and entry of its model, a column a mode."""
     rows = []
     for target in wanted:
-        limit = (
-            f"better than {target.better_than}"
-            if target.percent is None
-            else f"≤ {target.percent:+g} %".replace("-", "−")
-        )
-        title = f"{target.model}, ≤ {target.bits:g} bits, {limit}"
-        entry = known.get(target.model)
-        rows.append(
-            (
-                title,
-                *(
-                    NOT_MEASURED if entry is None or target.mode not in (None, mode) else _outcome(entry, target, mode)
-                    for mode in modes
-                ),
-            )
-        )
+        found = [entry for entry in models if entry.model == target.model]
+        for entry in found:
+            cell = {mode: _outcome(entry, target, mode) for mode in modes if target.mode in (None, mode)}
+            rows.append((_title(target, entry), *(cell.get(mode, NOT_MEASURED) for mode in modes)))
+        if not found:
+            rows.append((_title(target, None), *(NOT_MEASURED for _ in modes)))
     note = "Where a target names no codec, the best of ours within the budget, by mode, is judged."
-    return Table("Targets", ("target", *modes), tuple(rows), note)
+    return Table("Targets", ("target", *modes), tuple(rows), note, 1 + len(modes))
+
+
+def _title(target: Target, entry: Entry | None) -> str:
+    limit = f"≤ {cells.signed(target.percent or 0.0)} %"
+    if target.better_than is not None:
+        seen = [item.stored_bits for item in (entry.text.found if entry else ()) if item.codec == target.better_than]
+        limit = f"better than {target.better_than}" + (f" ({cells.bits_range(seen)})" if seen else "")
+    return f"{entry.name if entry else target.model}, ≤ {target.bits:g} bits, {limit}"
 
 
 def _outcome(entry: Entry, target: Target, mode: str) -> str:
@@ -277,7 +276,7 @@ def model_table(entry: Entry, modes: Sequence[str], left_out: set[str]) -> Table
         if not item.mode or item.codec in left_out or "#" in item.codec:
             continue
         if item.windows != entry.usual or item.codec in entry.text.apart.get(item.mode, ()):
-            others.append(f"{item.codec} ({item.mode}, {item.windows} windows)")
+            others.append(f"{item.codec} ({item.mode}, {cells.windows(item.windows)})")
             continue
         codecs.setdefault(item.codec, {})[item.mode] = item
     rows = []

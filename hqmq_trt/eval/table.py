@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report; the first column is text, the others are numbers."""
+    """A table of the report; the first `text_columns` columns are text, the others are numbers."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    text_columns: int = 1
 
 
 def markdown_table(table: Table) -> str:
     """Columns, rows and, after an empty line, the note; without the title."""
-    lines = [_line(table.columns), "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"]
-    lines += map(_line, table.rows)
+    text = table.text_columns
+    rules = ["---"] * text + ["---:"] * (len(table.columns) - text)
+    lines = [_line(table.columns), f"|{'|'.join(rules)}|", *map(_line, table.rows)]
     return "\n".join([*lines, *(["", table.note] if table.note else [])])
 
 
