@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def made(folder: Path, settings: dict[str, object] | None = None) -> dict[str, Table]:
+def made(folder: Path, settings: Mapping[str, object] | None = None) -> dict[str, Table]:
     store(folder, FUSED, model_sha256="aaaaaaaa1111")
     store(folder, QDQ, mode="qdq", model_sha256="aaaaaaaa1111")
     return document_tables(runs(read_records([folder])), Settings.model_validate(settings or {}))
