@@ -94,6 +94,27 @@ def test_envelopes_and_where_ours_is_above(tmp_path: Path) -> None:
     )
 
 
+def test_nothing_above_is_a_result(tmp_path: Path) -> None:
+    store(tmp_path, {name: FUSED[name] for name in ("reference", "hq4", "int4")})
+    tables = document_tables(runs(read_records([tmp_path])), Settings())
+    assert tables["above"].rows == ()
+    assert fill("<!-- table above -->\n<!-- end -->", tables) == (
+        "<!-- table above -->\nOurs is nowhere above the baselines.\n<!-- end -->"
+    )
+
+
+def test_targets_of_codecs_that_do_not_compare(tmp_path: Path) -> None:
+    wanted = [
+        {"model": "tiny", "bits": 5, "percent": 1, "mode": "fused", "codec": "hq:s170_r4-sinks"},  # saw two windows
+        {"model": "tiny", "bits": 5, "better_than": "kivi-3", "mode": "fused"},
+    ]
+    rows = made(tmp_path, {"targets": wanted})["targets"].rows
+    assert [row[1:] for row in rows] == [
+        ("hq:s170_r4-sinks: does not compare (other windows)", "–"),
+        ("kivi-3: not measured", "–"),
+    ]
+
+
 def test_targets(tmp_path: Path) -> None:
     rows = made(tmp_path, SETTINGS)["targets"].rows
     assert rows == (
@@ -196,6 +217,10 @@ def test_fill_writes_marked_places_anew(tmp_path: Path) -> None:
     assert "| tiny, hq4 | +2.02 ± 0.00; – |" in found
     with pytest.raises(HqmqError, match="asks for table 'model Huge'; these results give summary, envelopes"):
         fill(document.replace("model tiny", "model Huge"), tables)
+    with pytest.raises(HqmqError, match="no '<!-- end -->' before the next one"):
+        fill(document.replace("<!-- end -->", "", 1), tables)
+    with pytest.raises(HqmqError, match="no '<!-- end -->'"):
+        fill("<!-- table summary -->\n", tables)
     with pytest.raises(HqmqError, match="no marks"):
         fill("# A\n", tables)
 

@@ -101,7 +101,10 @@ def modes_of(models: Sequence[Entry]) -> list[str]:
 
 def document_tables(found: Sequence[Run], settings: Settings) -> dict[str, Table]:
     """Every table by name: ``summary``, ``envelopes``, ``above``, ``targets``, ``ablation``, ``balancing`` and
-    ``model NAME``; those without rows are not among them."""
+    ``model NAME``.
+
+    Those without rows are not among them, but for ``above`` where something was compared: that it is empty is a result.
+    """
     models = entries(found, settings)
     modes = modes_of(models)
     trials = ablation.ablations(models, settings.ablation)
@@ -118,7 +121,8 @@ def document_tables(found: Sequence[Run], settings: Settings) -> dict[str, Table
         f"balanced:{name}" for name in balancing
     }
     tables |= {f"model {entry.name}": model_table(entry, modes, left_out) for entry in models}
-    return {name: table for name, table in tables.items() if table.rows}
+    told = {"above"} if tables["envelopes"].rows else set()
+    return {name: table for name, table in tables.items() if table.rows or name in told}
 
 
 def summary(models: Sequence[Entry], modes: Sequence[str], codecs: Sequence[str]) -> Table:
@@ -208,7 +212,8 @@ def above(models: Sequence[Entry]) -> Table:
         "best of ours",
         "ours − baseline (points)",
     )
-    return Table("Stretches in which ours is above", columns, tuple(rows), "Clear: by more than 2 standard errors.", 4)
+    note = "Clear: by more than 2 standard errors." if rows else "Ours is nowhere above the baselines."
+    return Table("Stretches in which ours is above", columns, tuple(rows), note, 4)
 
 
 def _named(point: Point) -> str:
@@ -246,15 +251,16 @@ def _outcome(entry: Entry, target: Target, mode: str) -> str:
     else:
         own = entry.point(target.codec, mode)
         if own is None:
-            return f"{target.codec}: not measured"
+            return _missing(entry, target.codec, mode)
         if best([own], target.bits) is None:
             return f"{target.codec}: stores {cells.bits(own.bits)} bits, beyond the budget"
     if target.percent is not None:
         gap, error, shown, unit = own.change - target.percent, own.error, own.change, "%"
     else:
-        baseline = entry.point(target.better_than or "", mode)
+        name = target.better_than or ""
+        baseline = entry.point(name, mode)
         if baseline is None:
-            return f"{target.better_than}: not measured"
+            return _missing(entry, name, mode)
         gap, error = excess_loss(own, baseline)
         shown, unit = gap, "points"
     # A bound may be met exactly; "better" may not.
@@ -262,6 +268,10 @@ def _outcome(entry: Entry, target: Target, mode: str) -> str:
     verdict = "reached" if reached else f"**missed by {cells.signed(gap).lstrip('+')} points**"
     doubt = f", {WITHIN}" if judge(gap, error) == WITHIN else ""
     return f"{own.codec} ({own.bits:.3f}): {cells.with_error(shown, error, unit)}, {verdict}{doubt}"
+
+
+def _missing(entry: Entry, codec: str, mode: str) -> str:
+    return f"{codec}: {'does not compare (other windows)' if entry.find(codec, mode) else 'not measured'}"
 
 
 def model_table(entry: Entry, modes: Sequence[str], left_out: set[str]) -> Table:
@@ -303,6 +313,7 @@ def _measured(item: Perplexity | None) -> list[str]:
     return [cells.perplexity(item.perplexity), shown]
 
 
+_START = re.compile(r"(?m)^<!-- table .+? -->$")
 _BLOCK = re.compile(r"(?m)^<!-- table (?P<name>.+?) -->$.*?^<!-- end -->$", re.DOTALL)
 
 
@@ -315,8 +326,10 @@ def fill(document: str, tables: Mapping[str, Table]) -> str:
     """The document with every marked table written anew.
 
     Raises:
-        HqmqError: no marks, or one for a table that these results do not give.
+        HqmqError: no marks, one without its end, or one for a table that these results do not give.
     """
+    if len(_BLOCK.findall(document)) != len(_START.findall(document)):
+        raise HqmqError("a mark '<!-- table NAME -->' of the document has no '<!-- end -->' before the next one")
     if not _BLOCK.search(document):
         raise HqmqError("the document has no marks '<!-- table NAME -->' … '<!-- end -->' to fill")
 

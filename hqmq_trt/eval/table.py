@@ -18,7 +18,9 @@ class Table:
 
 
 def markdown_table(table: Table) -> str:
-    """Columns, rows and, after an empty line, the note; without the title."""
+    """Columns, rows and, after an empty line, the note; without the title. Of a table without rows the note alone."""
+    if not table.rows:
+        return table.note
     text = table.text_columns
     rules = ["---"] * text + ["---:"] * (len(table.columns) - text)
     lines = [_line(table.columns), f"|{'|'.join(rules)}|", *map(_line, table.rows)]
