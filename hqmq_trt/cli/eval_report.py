@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `eval … --output` wrote.")],
     folder: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for fidelity.md, fidelity.html and the pictures.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for fidelity.md, fidelity.html, tables.md and pictures."),
     ] = None,
     windows: Annotated[
         str | None,
