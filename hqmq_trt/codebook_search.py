@@ -1,4 +1,7 @@
-"""Search the optimised codebooks once, offline and without data: ``python -m hqmq_trt.codebook_search [--check]``.
+"""Search the optimised codebooks once, offline and without data: ``python -m hqmq_trt.codebook_search``.
+
+``--check`` compares with the data file instead of writing it; ``--extend`` searches only what the file lacks and leaves
+every array that it holds as it is, so that the format keeps its version.
 
 Secondaries: Lloyd iterations on uniform unit quaternions folded by 2T. Each iteration draws fresh directions u, finds
 their nearest codewords p*q_s and moves q_s to the mean of conj(p)*u in its cell, weighted by the projection: the fixed
@@ -15,6 +18,7 @@ same secondaries; levels also need exp, and agree to about 1e-6.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +35,7 @@ from hqmq_trt.scheme import OPTIMISED_RADIUS_BITS as RADIUS_BITS
 from hqmq_trt.scheme import OPTIMISED_SECONDARIES, PRESETS, Gain
 
 DATA = Path(__file__).parent / "data" / "codebooks.npz"
-STARTS = {21: 8, 42: 4, 85: 3, 170: 3, 341: 2, 682: 2}
+STARTS = {5: 16, 10: 16, 21: 8, 42: 4, 85: 3, 170: 3, 341: 2, 682: 2}
 ITERATIONS = 90
 _AVERAGING = 12  # of them, at the end, without over-relaxation and with more directions
 _RELAX = 0.9
@@ -129,16 +133,24 @@ def gaussian_mse(secondaries: F64, levels: F64, vectors: int = 8192, head_dim: i
     return float((np.square(x, dtype=np.float64).sum() + (radius * radius - 2 * radius * gain).sum()) / x.size)
 
 
-def search_all(console: Console) -> dict[str, F64]:
-    """Every array of the data file."""
-    arrays: dict[str, F64] = {}
+def search_all(console: Console, known: Mapping[str, F64] | None = None) -> dict[str, F64]:
+    """Every array of the data file; those in `known` are taken as they are and come first."""
+    arrays = dict(known or {})
     quiet = not console.is_terminal
     for count in track(OPTIMISED_SECONDARIES, "secondaries", console=console, transient=True, disable=quiet):
-        arrays[f"secondaries_{count}"] = search_secondaries(count)
+        if (name := f"secondaries_{count}") not in arrays:
+            arrays[name] = search_secondaries(count)
     for count in OPTIMISED_SECONDARIES:
         for bits in RADIUS_BITS:
-            arrays[f"levels_{count}_{bits}"] = search_levels(arrays[f"secondaries_{count}"], bits)
+            if (name := f"levels_{count}_{bits}") not in arrays:
+                arrays[name] = search_levels(arrays[f"secondaries_{count}"], bits)
     return arrays
+
+
+def load(file: Path) -> dict[str, F64]:
+    """The arrays of a data file, in its order."""
+    with np.load(file) as stored:
+        return {name: stored[name] for name in stored.files}
 
 
 def mse_table(arrays: dict[str, F64]) -> Table:
@@ -169,12 +181,17 @@ def differences(found: dict[str, F64], stored: dict[str, F64]) -> list[str]:
 
 def main(
     check: Annotated[bool, typer.Option("--check", help="Compare with the data file instead of writing it.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Search only what the data file lacks; keep what it holds.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="The data file.")] = DATA,
 ) -> None:
     """Search the optimised secondaries and radius levels (a few minutes)."""
+    if check and extend:
+        raise typer.BadParameter("--check searches everything; leave out --extend")
     console = Console()
     try:
-        arrays = search_all(console)
+        arrays = search_all(console, load(output) if extend else None)
     except HqmqError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
@@ -184,8 +201,7 @@ def main(
         np.savez(output, **arrays)  # type: ignore[arg-type]
         console.print(f"wrote {output}")
         return
-    with np.load(output) as stored:
-        found = differences(arrays, {name: stored[name] for name in stored.files})
+    found = differences(arrays, load(output))
     for line in found:
         print(line, file=sys.stderr)
     if found:

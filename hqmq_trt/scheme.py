@@ -152,8 +152,11 @@ PRESETS: dict[str, tuple[RoleScheme, RoleScheme]] = {
 }
 """Preset name → (key codec, value codec). To change a preset, edit this table."""
 
-OPTIMISED_SECONDARIES = (21, 42, 85, 170, 341, 682)
-"""S for which data/codebooks.npz holds optimised secondaries: floor(2^k / 24) fills whole bits."""
+OPTIMISED_SECONDARIES = (5, 10, 21, 42, 85, 170, 341, 682)
+"""S for which data/codebooks.npz holds optimised secondaries: floor(2^k / 24) fills whole bits.
+
+With 5 (r = 3) and 10 (r = 2) a code has 10 bits, which at head_dim 64 fill 5 words a token; no preset has them.
+"""
 
 OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
 """r for which data/codebooks.npz holds Lloyd-Max levels, for each of OPTIMISED_SECONDARIES."""

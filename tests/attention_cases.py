@@ -18,6 +18,7 @@ CASES = (
     ("hq3@p128", 64, 2, 1),
     ("k=hq4,v=hq3@p32", 64, 1, 4),
     ("k=fp16,v=hq3@p32", 64, 2, 2),
+    ("k=hq3,v=hq:s10_r2@p32", 64, 2, 2),
     ("k=paper:s24_r3,v=hq4@p8", 64, 1, 2),  # sink tokens of V only
     ("hq:s170_r4-sinks@p16", 64, 2, 1),
     ("paper:s96_r4+med3@p32", 80, 2, 2),

@@ -12,12 +12,14 @@ from hqmq_trt import codebooks, native, oracle
 from hqmq_trt.scheme import PRESETS, ROLES, RoleScheme, Scheme
 
 PAPER = ("paper:s24_r3", "paper:s96_r4", "paper:s96_r4+med3", "paper:s8_r2+med3", "paper:s1_r1", "paper:s3_r8+med3")
+NARROW = ("hq:s10_r2", "hq:s5_r3")
+"""Ours with 10-bit codes; no presets."""
 
 
 def cases() -> list[tuple[str, str, int]]:
     """(scheme, role, head_dim): presets over head_dim and page size, paper schemes also with odd head_dim."""
     result = []
-    for name, role in itertools.product(PRESETS, ROLES):
+    for name, role in itertools.product((*PRESETS, *NARROW), ROLES):
         result += [(f"{name}@p{page}", role, head_dim) for head_dim, page in ((64, 128), (128, 64), (256, 16))]
     for name in PAPER:
         result += [(f"{name}@p{page}", "key", head_dim) for head_dim, page in ((64, 64), (80, 16), (96, 128))]

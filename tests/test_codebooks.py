@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 
-from hqmq_trt import codebooks, native, oracle
+from hqmq_trt import codebook_search, codebooks, native, oracle
 from hqmq_trt.codebook_search import (
     RADIUS_BITS,
     differences,
@@ -20,12 +22,15 @@ from hqmq_trt.codebook_search import (
 )
 from hqmq_trt.codebooks import HALF_PRIMARIES, PRIMARIES, haar, multiply, optimised
 from hqmq_trt.errors import HqmqError
+from hqmq_trt.format import FORMAT_VERSION, stored_bits, words_per_token
 from hqmq_trt.scheme import OPTIMISED_SECONDARIES, Gain, RoleScheme, Scheme
 from tests.codec_cases import lengths
 
 GAUSSIAN_MSE = {"hq3": 0.0311, "hq3.5": 0.0146, "hq4": 0.0079}
 """Element MSE of DESIGN's table; reached within 3 %."""
 HAAR_SHA256 = "f495e22f933868919bdb0c959a0b0ec85065806a5ca0bb42b4381286fe6a17d2"
+FORMAT_2_SHA256 = "bf74d7b479aa8c643cca4fc3067a7c3ea68208e4f8edeebc5a66c6565834a05a"
+"""Names and float64 bytes of the arrays that were in the data file when format 2 began, in the order of their names."""
 BEST_START_21 = 1
 """The start that won for S=21."""
 
@@ -76,6 +81,39 @@ def test_optimised_secondaries_are_unit_and_better_than_haar(secondaries: int) -
     np.testing.assert_allclose((q * q).sum(1), 1.0, atol=1e-14)
     directions = haar(20_000, 99)
     assert direction_error(q, directions) < 0.9 * direction_error(haar(secondaries, 5), directions)
+
+
+def test_codebooks_of_this_format_have_not_changed() -> None:
+    # Arrays may be added within a format, not changed: files of it must decode as they did.
+    digest = hashlib.sha256()
+    for secondaries in (21, 42, 85, 170, 341, 682):
+        assert f"secondaries_{secondaries}" in codebooks._data()
+    for name in sorted(name for name in codebooks._data() if int(name.split("_")[1]) >= 21):
+        digest.update(name.encode() + codebooks._data()[name].astype("<f8").tobytes())
+    assert (FORMAT_VERSION, digest.hexdigest()) == (2, FORMAT_2_SHA256)
+
+
+def test_ten_bit_codes_fill_five_words_at_head_dim_64() -> None:
+    for name, index_bits in (("hq:s10_r2", 7), ("hq:s5_r3", 6)):
+        role = Scheme.parse(name).value
+        assert (role.index_bits, role.code_bits, words_per_token(role, 64)) == (index_bits, 10, 5)
+        assert stored_bits(role, 64, 64) == 2.5 + 0.25
+
+
+def test_search_extends_a_file_and_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook_search, "OPTIMISED_SECONDARIES", (2, 3))
+    monkeypatch.setattr(codebook_search, "RADIUS_BITS", (2,))
+    monkeypatch.setattr(codebook_search, "STARTS", {3: 1})  # a search for S=2 would fail
+    monkeypatch.setattr(codebook_search, "ITERATIONS", 2)
+    kept = {"secondaries_2": haar(2, 5), "levels_2_2": np.array([0.5, 1.0, 1.5, 2.0])}
+    np.savez(tmp_path / "c.npz", **kept)  # type: ignore[arg-type]
+    codebook_search.main(check=False, extend=True, output=tmp_path / "c.npz")
+    found = codebook_search.load(tmp_path / "c.npz")
+    assert list(found) == ["secondaries_2", "levels_2_2", "secondaries_3", "levels_3_2"]
+    assert all(np.array_equal(found[name], array) for name, array in kept.items())
+    assert direction_error(found["secondaries_3"], haar(5000, 8)) < direction_error(haar(1, 5), haar(5000, 8))
+    with pytest.raises(typer.BadParameter, match="leave out --extend"):
+        codebook_search.main(check=True, extend=True, output=tmp_path / "c.npz")
 
 
 def test_a_turn_keeps_the_packing() -> None:

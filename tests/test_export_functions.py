@@ -94,6 +94,7 @@ CASES = [
     ("hq3@p16", 64, "key"),
     ("hq:s21_r3-sinks@p16", 64, "key"),
     ("hq3.5@p8", 32, "key"),
+    ("hq:s10_r2@p8", 64, "value"),
     ("hq5@p8", 16, "value"),
     ("paper:s96_r4+med3@p16", 64, "key"),
     ("paper:s1_r1@p8", 16, "value"),

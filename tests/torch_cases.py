@@ -16,6 +16,7 @@ from hqmq_trt.scheme import RoleScheme, Scheme
 SCHEMES = [
     ("hq4@p32", 64),
     ("hq3@p16", 128),
+    ("k=hq3,v=hq:s10_r2@p16", 64),
     ("k=hq4,v=hq3.5@p16", 64),
     ("k=hq4,v=paper:s8_r3@p8", 16),  # sink tokens of K only
     ("hq:s170_r4-sinks@p16", 32),

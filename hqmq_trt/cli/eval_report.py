@@ -12,20 +12,37 @@ from rich.table import Table
 from hqmq_trt.cli.output import JsonFlag, Output, QuietFlag, VerboseFlag
 
 if TYPE_CHECKING:
-    from hqmq_trt.eval import report as reports
     from hqmq_trt.eval.envelope import Comparison, Point
     from hqmq_trt.eval.results import Run
+    from hqmq_trt.eval.table import Table as ReportTable
 
 
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `eval … --output` wrote.")],
     folder: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for fidelity.md, fidelity.html and the pictures.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for fidelity.md, fidelity.html, tables.md and pictures."),
     ] = None,
     windows: Annotated[
         str | None,
         typer.Option(
             "--windows", "-w", help="Only these windows of the text (20, 100:120); tasks stay [default: all]."
+        ),
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON: names and head sizes of models, schemes of the summary, targets (docs/fidelity.json is one).",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            help="Document whose places between '<!-- table NAME -->' and '<!-- end -->' are written anew.",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None,
     json_mode: JsonFlag = False,
@@ -35,22 +52,32 @@ def report(
     """Tables and pictures of kept results, and whether our schemes lie below the baselines at every budget of bits.
 
     Exits with 0 whatever the results are."""
+    from hqmq_trt.eval.document import document_tables, fill
     from hqmq_trt.eval.perplexity import parse_range
     from hqmq_trt.eval.report import run_tables, write_report
+    from hqmq_trt.eval.report_settings import Settings, read_settings
     from hqmq_trt.eval.results import read_records, runs
 
     output = Output(json_mode, quiet, verbose)
     numbers = None if windows is None else parse_range(windows)
+    chosen = Settings() if settings is None else read_settings(settings)
     found = runs(read_records(folders), numbers)
-    files = write_report(found, folder) if folder is not None else []
+    tables = document_tables(found, chosen)
+    if into is not None:
+        into.write_text(fill(into.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        output.note(f"tables written into {into}")
+    files = write_report(found, folder, chosen) if folder is not None else []
     if files:
-        output.note(f"report: {files[0]}, {files[1]} and {len(files) - 2} pictures")
+        output.note(f"report: {', '.join(map(str, files[:3]))} and {len(files) - 3} pictures")
     document = {
         "windows": None if numbers is None else [numbers.start, numbers.stop],
+        "tables": {name: {"columns": table.columns, "rows": table.rows} for name, table in tables.items()},
         "runs": [_document(run) for run in found],
         "files": [str(file) for file in files],
     }
-    output.result(document, *(_table(table) for run in found for table in run_tables(run)))
+    joint = [table for name, table in tables.items() if not name.startswith("model ")]
+    shown = [*joint, *(table for run in found for table in run_tables(run))]
+    output.result(document, *map(_table, shown))
 
 
 def _document(run: Run) -> dict[str, Any]:
@@ -87,10 +114,10 @@ def _point(point: Point) -> dict[str, Any]:
     return {"codec": point.codec, "stored_bits": point.bits, "change_percent": point.change}
 
 
-def _table(table: reports.Table) -> Table:
+def _table(table: ReportTable) -> Table:
     shown = Table(title=table.title, title_justify="left", caption=table.note or None, caption_justify="left")
     for number, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if number else "left")
+        shown.add_column(name, justify="left" if number < table.text_columns else "right")
     for row in table.rows:
         shown.add_row(*row)
     return shown

@@ -29,6 +29,8 @@ FAMILIES = (OURS, PAPER, PAPER_MED3, INT, INT_MED3, LLAMA_CPP, KIVI, TURBO, FP8,
 that is not so by default, or the other way round."""
 
 _PREFIXES = (("q4_0", LLAMA_CPP), ("q8_0", LLAMA_CPP), ("kivi", KIVI), ("turbo", TURBO), ("fp8", FP8))
+BETTER, WITHIN, WORSE, NOTHING = "better", "within 2 s.e.", "worse", "nothing fits"
+"""Verdicts of a comparison, from the side of ours."""
 _EQUAL = 1e-6
 """Stored bits closer than this are the same budget (measured bits are means of floats)."""
 
@@ -94,6 +96,18 @@ class Comparison:
     excess: float
     error: float
 
+    @property
+    def verdict(self) -> str:
+        """BETTER or WORSE by more than 2 standard errors, WITHIN, or NOTHING of ours within the budget."""
+        return NOTHING if self.ours is None else judge(self.excess, self.error)
+
+
+def judge(difference: float, error: float) -> str:
+    """BETTER, WITHIN or WORSE for a difference of losses and its standard error; one without an error is WITHIN."""
+    if not math.isfinite(error) or abs(difference) <= 2 * error:
+        return WITHIN
+    return WORSE if difference > 0 else BETTER
+
 
 def envelope(points: Iterable[Point]) -> list[Point]:
     """The points with a smaller loss than all that store as little or less, by rising bits."""
@@ -131,8 +145,7 @@ def compare_envelopes(
             last = found.pop()
             found.append(Comparison(last.budget, until, baseline, own, last.excess, last.error))
             continue
-        excess = math.inf if own is None else own.change - baseline.change
-        error = math.nan if own is None else _error(own, baseline)
+        excess, error = (math.inf, math.nan) if own is None else excess_loss(own, baseline)
         found.append(Comparison(budget, until, baseline, own, excess, error))
     return found
 
@@ -144,10 +157,11 @@ def envelope_check(
     return [found for found in compare_envelopes(ours, baselines, low, high) if found.excess > 0]
 
 
-def _error(own: Point, baseline: Point) -> float:
-    common = sorted(set(own.nll) & set(baseline.nll))
+def excess_loss(own: Point, other: Point) -> tuple[float, float]:
+    """Loss of `own` minus that of `other` in percentage points, and its standard error (see Comparison)."""
+    common = sorted(set(own.nll) & set(other.nll))
     if len(common) < 2:
-        return math.hypot(own.error, baseline.error)
-    difference = paired_mean([own.nll[item] - baseline.nll[item] for item in common])
+        return own.change - other.change, math.hypot(own.error, other.error)
+    difference = paired_mean([own.nll[item] - other.nll[item] for item in common])
     # Percent of perplexity: d exp(x) = exp(x) dx.
-    return (100 + own.change) * difference.error
+    return own.change - other.change, (100 + own.change) * difference.error

@@ -11,21 +11,14 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 
 from hqmq_trt.eval import plots
-from hqmq_trt.eval.envelope import Comparison, Point, family
+from hqmq_trt.eval.document import document_tables, marked
+from hqmq_trt.eval.envelope import NOTHING, WITHIN, Comparison, Point, family
 from hqmq_trt.eval.perplexity import Perplexity
+from hqmq_trt.eval.report_settings import Settings
 from hqmq_trt.eval.results import BUDGETS, Run, Text
 from hqmq_trt.eval.statistics import Estimate
 from hqmq_trt.eval.subject import REFERENCE
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report; the first column is text, the others are numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+from hqmq_trt.eval.table import Table, markdown_table
 
 
 @dataclass(frozen=True)
@@ -114,11 +107,10 @@ def envelope_table(text: Text, mode: str) -> Table:
 
 
 def _verdict(item: Comparison) -> str:
-    if item.ours is None:
+    if item.verdict == NOTHING:
         return "ours: none"
-    clear = math.isfinite(item.error) and abs(item.excess) > 2 * item.error
     return ("ours worse" if item.excess > 0 else "ours better" if item.excess < 0 else "equal") + (
-        "" if clear or not item.excess else ", within 2 s.e."
+        f", {WITHIN}" if item.verdict == WITHIN and item.excess else ""
     )
 
 
@@ -166,17 +158,27 @@ def run_tables(run: Run) -> list[Table]:
     return tables + [table for table in [task_table(run)] if table]
 
 
-def write_report(found: Sequence[Run], output: Path) -> list[Path]:
-    """Write fidelity.md, fidelity.html (self-contained) and the pictures into `output`; returns the files."""
+def write_report(found: Sequence[Run], output: Path, settings: Settings | None = None) -> list[Path]:
+    """Write fidelity.md, fidelity.html (self-contained), tables.md and the pictures into `output`; returns the files.
+
+    tables.md has the marked tables that hqmq_trt.eval.document.fill writes into a document; those that are not of one
+    model alone stand at the head of the report, too.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    sections = [*_overview(found, output), *(section for run in found for section in _sections(run, output))]
+    tables = document_tables(found, settings or Settings())
+    marks = output / "tables.md"
+    text = "\n\n".join(f"### {table.title}\n\n{marked(name, table)}" for name, table in tables.items())
+    marks.write_text(text + "\n", encoding="utf-8")
+    joint = tuple(table for name, table in tables.items() if not name.startswith("model "))
+    sections = [Section("All models", "", joint, ())] if joint else []
+    sections += [*_overview(found, output), *(section for run in found for section in _sections(run, output))]
     markdown, page = output / "fidelity.md", output / "fidelity.html"
     markdown.write_text(_markdown(sections), encoding="utf-8")
     pictures = {file: base64.b64encode(file.read_bytes()).decode() for part in sections for _, file in part.pictures}
     environment = Environment(loader=PackageLoader("hqmq_trt.eval", "."), autoescape=True, trim_blocks=True)
     text = environment.get_template("report.html.j2").render(sections=sections, pictures=pictures)
     page.write_text(text, encoding="utf-8")
-    return [markdown, page, *pictures]
+    return [markdown, page, marks, *pictures]
 
 
 def _overview(found: Sequence[Run], output: Path) -> Iterable[Section]:
@@ -219,14 +221,7 @@ def _markdown(sections: Sequence[Section]) -> str:
     for section in sections:
         lines += [f"## {section.title}", "", *([section.note, ""] if section.note else [])]
         for table in section.tables:
-            lines += [f"### {table.title}", "", _line(table.columns)]
-            lines.append("|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|")
-            lines += [*map(_line, table.rows), ""]
-            lines += [table.note, ""] if table.note else []
+            lines += [f"### {table.title}", "", markdown_table(table), ""]
         for caption, file in section.pictures:
             lines += [f"![{caption}]({file.name})", "", caption, ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -16,7 +16,7 @@ from hqmq_trt.format import cache_tensors
 from hqmq_trt.scheme import Scheme
 
 ROOT = Path(__file__).parents[2]
-SCHEMES = ["hq3", "hq3.5", "hq4", "hq5", "paper:s96_r4+med3", "paper:s24_r3", "paper:s8_r8"]
+SCHEMES = ["hq3", "hq3.5", "hq4", "hq5", "hq:s10_r2", "paper:s96_r4+med3", "paper:s24_r3", "paper:s8_r8"]
 
 pytestmark = [
     pytest.mark.gpu,

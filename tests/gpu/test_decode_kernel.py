@@ -47,6 +47,7 @@ PLAIN = {
     "paper:s96_r4+med3": "outliers",
     "paper:s24_r3": "no instance",
     "k=hq3,v=hq4": "no instance",
+    "hq:s10_r2": "no instance",
     "hq3@p8": "fewer than 16 tokens",
     "fp16": "no codes",
     "k=hq4,v=paper:s24_r3": "different numbers of first tokens",
