@@ -45,6 +45,10 @@ constexpr Instance kInstances[] = {
     Make<Codec16<8>, Codec16<8>, 128, 4>(),   Make<Codec16<8>, Codec16<8>, 128, 8>(),
     Make<Codec16<2>, Codec16<2>, 256, 4>(),   Make<Codec16<2>, Codec16<2>, 256, 8>(),
     Make<Codec16<4>, Codec12, 128, 4>(),      Make<Codec16<4>, Codec12, 128, 8>(),
+    Make<Codec16<4>, Codec14<8>, 64, 4>(),    Make<Codec16<4>, Codec14<8>, 64, 8>(),
+    Make<Codec16<4>, Codec14<8>, 128, 4>(),   Make<Codec16<4>, Codec14<8>, 128, 8>(),
+    Make<Codec16<2>, Codec14<8>, 256, 4>(),   Make<Codec16<2>, Codec14<8>, 256, 8>(),
+    Make<Codec14<8>, Codec12, 128, 4>(),      Make<Codec14<8>, Codec12, 128, 8>(),
 };
 
 const Instance* FindInstance(const AttentionJob& job) {

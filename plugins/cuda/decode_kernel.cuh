@@ -191,7 +191,8 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   feed.Start(job, next, job.by_splits(items.begin), items, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
-  const uint32_t tables[2] = {arena.table, arena.table + Tables<Key, Value>::kValue};
+  const uint32_t tables[2] = {arena.table + Tables<Key, Value>::kKey,
+                              arena.table + Tables<Key, Value>::kValue};
   const uint32_t levels[2] = {ptx::SharedAddress(shared->levels[0]),
                               ptx::SharedAddress(shared->levels[1])};
   self.key = Key::LaneOf(a.key, tables[0], levels[0], lane);

@@ -31,11 +31,15 @@ template <class Key, class Value>
 struct Tables {
   static constexpr bool kOne = std::is_same<Key, Value>::value && Key::kShared;
   static constexpr bool kTurned = kOne && Key::kTurned;  // K's words may be V's, too
-  static constexpr uint32_t kValue = kOne ? 0 : Key::kTableBytes;
-  static constexpr uint32_t kBytes = kValue + Value::kTableBytes;
+  // K's table comes first, unless V's would not be aligned behind it.
+  static constexpr bool kKeyFirst = Key::kTableBytes % Value::kTableAlignment == 0;
+  static constexpr uint32_t kKey = kOne || kKeyFirst ? 0 : Value::kTableBytes;
+  static constexpr uint32_t kValue = kOne || !kKeyFirst ? 0 : Key::kTableBytes;
+  static constexpr uint32_t kBytes =
+      kOne ? Key::kTableBytes : Key::kTableBytes + Value::kTableBytes;
   static constexpr uint32_t kAlignment =
       Key::kTableAlignment > Value::kTableAlignment ? Key::kTableAlignment : Value::kTableAlignment;
-  static_assert(kValue % Value::kTableAlignment == 0, "the table of V is aligned");
+  static_assert(kKey % Key::kTableAlignment == 0, "the table of K is aligned");
 };
 
 // Fills the tables of both roles with the words and levels of head h and sets lanes up for them.

@@ -41,7 +41,8 @@ TOKENS = (1, 2, 5, 8)
 PRESETS = ("hq3", "hq3.5", "hq4", "hq5")
 CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
-    *[("k=hq4,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64)],
+    *[("k=hq4,v=hq3.5", head_dim) for head_dim in (64, 128, 256)],
+    *[("k=hq4,v=hq3", 128), ("k=hq3.5,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64), ("k=hq4,v=hq3.5@p16", 256)],
 ]
 PLAIN = {
     "paper:s96_r4+med3": "outliers",
@@ -55,6 +56,7 @@ PLAIN = {
 """Schemes that the fused kernel leaves to the plain ones, and words of the reason."""
 SINK_CASES = [
     *[("hq3", 128, 4), ("hq4", 128, 4), ("hq3.5", 64, 4), ("hq5", 64, 4), ("hq4", 256, 4), ("k=hq4,v=hq3", 128, 4)],
+    *[("k=hq4,v=hq3.5", 128, 4), ("k=hq4,v=hq3.5", 256, 4)],
     *[("hq4@p16", 64, 8), ("hq3@p16", 128, 1), ("hq5@p128", 128, 8), ("hq3.5@p32", 256, 3), ("hq3", 128, 0)],
 ]
 """Schemes, head_dim and how many first tokens are exact."""
@@ -171,7 +173,7 @@ def test_every_group_dtype_and_number_of_queries_follows_the_reference(name: str
                     assert_same_caches(caches, present)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq4", 64)])
+@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5")], ("hq4", 64)])
 @pytest.mark.parametrize(
     ("window", "softcap", "sink"),
     [(50, 0.0, False), (700, 0.0, True), (0, 5.0, False), (0, 0.0, True), (65, 3.0, True)],
@@ -208,7 +210,9 @@ def sequence(case: Layer, b: int, capacity: int) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq3", 64), ("hq4", 256)])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [*[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5")], ("hq3", 64), ("hq4", 256)]
+)
 def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, head_dim: int) -> None:
     case = layer(name, head_dim)
     for tokens, group, dtype in ((1, 4, torch.float16), (5, 7, torch.float16), (8, 16, torch.bfloat16)):
