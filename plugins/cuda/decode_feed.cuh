@@ -8,7 +8,7 @@ namespace hqmq {
 namespace cuda {
 
 // One or two tiles of a page in shared memory, as they lie in the cache: codes of K, of V, scales
-// of K, of V, the page's mean of K; and the barrier that their copies end.
+// of K, of V, the page's mean of K, if there are means; and the barrier that their copies end.
 template <class Key, class Value, int D>
 struct Stage {
   static constexpr int kTiles = Key::template kStageTiles<D> < Value::template kStageTiles<D>
@@ -23,7 +23,7 @@ struct Stage {
   static constexpr int kKeyScales = kValue + kTiles * kValueTile;
   static constexpr int kValueScales = kKeyScales + kTiles * kScalesTile;
   static constexpr int kMean = kValueScales + kTiles * kScalesTile;
-  static constexpr int kBarrier = kMean + 2 * D;
+  static constexpr int kBarrier = kMean + (Key::kPageMeans ? 2 * D : 0);
   static constexpr int kBytes = kBarrier + 16;
 
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
@@ -121,7 +121,7 @@ struct Feed {
                                        int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
-      const bool has_mean = cursor.means.Has(job, cursor.tile);
+      const bool has_mean = Key::kPageMeans && cursor.means.Has(job, cursor.tile);
       const uint32_t tile = tile0 + cursor.tile, page = tile >> job.page_shift;
       const RoleCache& k = job.attention.key.cache;
       const RoleCache& v = job.attention.value.cache;
