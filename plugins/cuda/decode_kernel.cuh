@@ -41,7 +41,7 @@ struct DecodeBlock {
                                               int warp, int lane) {
     const AttentionJob& a = job.attention;
     if constexpr (kOutliers) {
-      outliers.StoreQueries(*shared, query_chunks, lane);
+      outliers.StoreQueries(*shared, query_chunks);
       page0 = (p.b * a.call.heads + p.h) * a.call.num_pages;
       if constexpr (!kSharedQuery) __syncthreads();
     }
@@ -112,13 +112,12 @@ struct DecodeBlock {
     [[maybe_unused]] const uint32_t lists[2] = {key_at,
                                                 D <= 128 ? value_at : key_at + S::kKeyTile / 2};
     if constexpr (kOutliers) {
-      static_assert(
-          S::kKeyTile >= (D <= 128 ? 1 : 2) * Outliers::kRecords * Outliers::kRecordBytes &&
-              (D > 128 || S::kValueTile >= Outliers::kRecords * Outliers::kRecordBytes) &&
-              Outliers::kRecords * Outliers::kRecordBytes >= kDecodeTile * kDecodeRows * 4,
-          "records and weights fit");
+      static_assert(S::kKeyTile >= (D <= 128 ? 1 : 2) * Outliers::kListBytes &&
+                        (D > 128 || S::kValueTile >= Outliers::kListBytes) &&
+                        S::kKeyTile / (D <= 128 ? 1 : 2) >= kDecodeTile * Outliers::kWeightBytes,
+                    "records and weights fit");
       __syncwarp();
-      outliers.Begin(job, page0, tile, end, lists, lane);
+      outliers.Begin(job, tile, end, lists, lane);
     }
 #pragma unroll
     for (int group = 0; group < kKeyChunks / 4; ++group) {

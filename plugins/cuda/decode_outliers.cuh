@@ -27,12 +27,19 @@ struct TileOutliers {
   static constexpr int kWords = D > 128 ? 2 : 1;  // of a token's bits
   static constexpr int kClasses = D / 32;         // chunk c is of class c % kClasses
   static constexpr int kCounters = D > 128 ? 2 : 1;
-  static constexpr int kRecordBytes = 16;
-  static constexpr int kRecords = D > 64 ? 64 : 32;        // of a role, at once
-  static constexpr int kRoundTokens = kRecords / (D / 4);  // whose outliers always fit
+  static constexpr int kTileBits = D / 2;  // bytes of a tile's mask
   static constexpr int kHalfWarp = kWarp / 2;
+  // Records of one role: values (8 bytes each), then where they belong (4): the row of the first
+  // operand in the upper half (K: token; V: c / kClasses), the place of the second operand in bytes
+  // in the lower one (K: of the query's chunk; V: of the token's weights).
+  static constexpr int kRecords = D > 64 ? 80 : 40;
+  static constexpr uint32_t kListBytes = kRecords * 12, kWhere = kRecords * 8;
+  static constexpr uint32_t kNobody = 0xFFFF0000u;           // a record that fills up four
+  static constexpr int kRoundTokens = kRecords / (D / 4);    // whose outliers always fit
+  static constexpr uint32_t kWeightBytes = kDecodeRows * 4;  // of a token
   static_assert(kDecodeTile == kHalfWarp, "a lane for each token of K and of V");
-  static_assert(kRoundTokens >= 1 && kRecords <= 255, "counters of 8 bits");
+  static_assert(kRoundTokens >= 1 && kRecords < 256, "rounds fit; counters of 8 bits");
+  static_assert(QueryChunkBytes(D, kColumns) <= 1 << 16, "16 bits for a place");
 
   struct Bits {
     uint32_t word[kWords];
@@ -40,19 +47,56 @@ struct TileOutliers {
   // Numbers of outliers by class, a byte each.
   struct Counts {
     uint32_t word[kCounters];
+
+    __device__ __forceinline__ int Of(int c) const {
+      return static_cast<int>(word[c / 4] >> c % 4 * 8 & 255);
+    }
+    __device__ __forceinline__ int Sum() const {
+      uint32_t sum = 0;
+#pragma unroll
+      for (int i = 0; i < kCounters; ++i) sum = __dp4a(word[i], 0x01010101u, sum);
+      return static_cast<int>(sum);
+    }
+    // V's classes begin at multiples of four records.
+    __device__ __forceinline__ Counts Padded() const {
+      Counts out;
+#pragma unroll
+      for (int i = 0; i < kCounters; ++i) out.word[i] = (word[i] + 0x03030303u) & 0xFCFCFCFCu;
+      return out;
+    }
+    // Sums of the classes before each, which are less than 256.
+    __device__ __forceinline__ Counts Before() const {
+      Counts out;
+      uint32_t lower = 0;
+#pragma unroll
+      for (int i = 0; i < kCounters; ++i) {
+        out.word[i] = word[i] * 0x01010100u + lower * 0x01010101u;
+        lower = __dp4a(word[i], 0x01010101u, lower);
+      }
+      return out;
+    }
+    __device__ __forceinline__ Counts operator+(const Counts& other) const {
+      Counts out;
+#pragma unroll
+      for (int i = 0; i < kCounters; ++i) out.word[i] = word[i] + other.word[i];
+      return out;
+    }
   };
 
-  Bits next;        // of the tile to come; this lane's role and token
-  int before;       // outliers of this lane's role in the tiles of the page before it
+  // Of this lane's role and token.
+  Bits next;           // of the tile to come
+  const char* mask;    // where they lie
+  const char* values;  // of the page of that tile
+  int before;          // outliers of the role in the tiles of the page before that tile
+  // Of the tile.
   Counts total[2];  // of the records of K, V
-  bool few;         // all outliers of the tile have records
-  uint32_t query;   // address of this lane's row of the queries' chunks
+  bool few;         // all outliers have records
+  uint32_t query;   // address of the queries' chunks
 
   // Copies the rotated queries (PlaceOf) chunk by chunk to address `at`, QueryChunkBytes of them.
   // All threads; synchronise before and after.
-  __device__ __forceinline__ void StoreQueries(const DecodeShared<D>& shared, uint32_t at,
-                                               int lane) {
-    query = at + 8 * ((lane >> 2) & (kColumns - 1));
+  __device__ __forceinline__ void StoreQueries(const DecodeShared<D>& shared, uint32_t at) {
+    query = at;
     const int i = static_cast<int>(threadIdx.x);
     static_assert(D / 4 * kColumns <= kDecodeThreads, "a chunk a thread");
     if (i >= D / 4 * kColumns) return;
@@ -64,17 +108,11 @@ struct TileOutliers {
 
   static __device__ __forceinline__ bool IsKey(int lane) { return lane < kHalfWarp; }
   static __device__ __forceinline__ int TokenOf(int lane) { return lane & (kHalfWarp - 1); }
+  static __device__ __forceinline__ const RoleView& View(const DecodeJob& job, int lane) {
+    return IsKey(lane) ? job.attention.key : job.attention.value;
+  }
 
-  // page0: number of the sequence's first page over [B, H, M].
-  static __device__ __forceinline__ Bits LoadBits(const DecodeJob& job, int page0, int tile,
-                                                  int lane) {
-    const AttentionJob& a = job.attention;
-    const int32_t* mask = IsKey(lane) ? a.key.cache.outlier_mask : a.value.cache.outlier_mask;
-    const int page = page0 + (tile >> job.page_shift), in_page = tile & job.page_mask;
-    const char* from =
-        reinterpret_cast<const char*>(mask + static_cast<int64_t>(page) * a.key.mask_words +
-                                      in_page * (D / 8)) +
-        TokenOf(lane) * (D / 32);
+  static __device__ __forceinline__ Bits LoadBits(const char* from) {
     Bits out;
     if constexpr (D == 64) {
       out.word[0] = ptx::LoadGlobalBits16(from);
@@ -85,18 +123,24 @@ struct TileOutliers {
     return out;
   }
 
-  // Before the first tile of a run. The outliers of the page's earlier tiles are counted.
+  // Before the first tile of a run. page0: number of the sequence's first page over [B, H, M].
   __device__ __forceinline__ void Start(const DecodeJob& job, int page0, int tile, int lane) {
+    const RoleView& view = View(job, lane);
     const int in_page = tile & job.page_mask;
-    next = LoadBits(job, page0, tile, lane);
+    const int64_t page = page0 + (tile >> job.page_shift);
+    mask = reinterpret_cast<const char*>(view.cache.outlier_mask + page * view.mask_words) +
+           in_page * kTileBits + TokenOf(lane) * (D / 32);
+    values = reinterpret_cast<const char*>(view.cache.outlier_value) +
+             page * view.role.outlier_capacity * 8;
+    next = LoadBits(mask);
     before = 0;
 #pragma unroll 1
-    for (int i = 0; i < in_page; i += 4) {
+    for (int i = in_page; i > 0; i -= 4) {
       Bits earlier[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         earlier[k] = Bits{};
-        if (i + k < in_page) earlier[k] = LoadBits(job, page0, tile - in_page + i + k, lane);
+        if (i > k) earlier[k] = LoadBits(mask - (i - k) * kTileBits);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k)
@@ -108,112 +152,136 @@ struct TileOutliers {
       before += __shfl_xor_sync(kAllLanes, before, offset);
   }
 
-  static __device__ __forceinline__ int Sum(const Counts& counts) {
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kCounters; ++i) sum = __dp4a(counts.word[i], 0x01010101u, sum);
-    return static_cast<int>(sum);
-  }
-  __device__ __forceinline__ Counts OwnTotal(int lane) const {
-    Counts out;
-#pragma unroll
-    for (int i = 0; i < kCounters; ++i)
-      out.word[i] = IsKey(lane) ? total[0].word[i] : total[1].word[i];
-    return out;
-  }
-
-  // Counts what `bits` mark: `total`, and what the role's tokens before the lane's have.
-  __device__ __forceinline__ Counts Count(const Bits& bits, int lane) {
+  static __device__ __forceinline__ Counts CountsOf(const Bits& bits) {
     constexpr uint32_t kOfClass = kClasses == 2   ? 0x55555555u
                                   : kClasses == 4 ? 0x11111111u
                                                   : 0x01010101u;
-    Counts own, through;
-#pragma unroll
-    for (int i = 0; i < kCounters; ++i) own.word[i] = 0;
+    Counts own = {};
 #pragma unroll
     for (int c = 0; c < kClasses; ++c)
 #pragma unroll
       for (int w = 0; w < kWords; ++w)
         own.word[c / 4] += static_cast<uint32_t>(__popc(bits.word[w] & kOfClass << c)) << c % 4 * 8;
-#pragma unroll
-    for (int i = 0; i < kCounters; ++i) {
-      through.word[i] = own.word[i];
-#pragma unroll
-      for (int offset = 1; offset < kHalfWarp; offset *= 2) {
-        const uint32_t left = __shfl_up_sync(kAllLanes, through.word[i], offset, kHalfWarp);
-        if (TokenOf(lane) >= offset) through.word[i] += left;
-      }
-      total[0].word[i] = __shfl_sync(kAllLanes, through.word[i], kHalfWarp - 1);
-      total[1].word[i] = __shfl_sync(kAllLanes, through.word[i], kWarp - 1);
-      through.word[i] -= own.word[i];
-    }
-    return through;
+    return own;
   }
 
-  // Makes a record of each outlier that `bits` mark, sorted by class. earlier: what Count returned
-  // for them; slot: of the first; page: number over [B, H, M]; lists: addresses of records of K, V.
-  __device__ __forceinline__ void List(const DecodeJob& job, const Bits& bits,
-                                       const Counts& earlier, int slot, int page,
-                                       const uint32_t (&lists)[2], int lane) {
-    const AttentionJob& a = job.attention;
-    const bool key = IsKey(lane);
-    const int token = TokenOf(lane);
-    const uint32_t list = key ? lists[0] : lists[1];
-    const int capacity = key ? a.key.role.outlier_capacity : a.value.role.outlier_capacity;
-    const uint16_t* values = (key ? a.key.cache.outlier_value : a.value.cache.outlier_value) +
-                             static_cast<int64_t>(page) * capacity * 4;
-    Counts place = OwnTotal(lane);  // of the next record of each class
-    if constexpr (kCounters == 2) {
-      const uint32_t lower = __dp4a(place.word[0], 0x01010101u, 0u);
-      place.word[1] = place.word[1] * 0x01010100u + lower * 0x01010101u + earlier.word[1];
-    }
-    place.word[0] = place.word[0] * 0x01010100u + earlier.word[0];
+  // Sums of the role's tokens up to the lane's.
+  static __device__ __forceinline__ Counts Through(const Counts& own) {
+    Counts through = own;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      for (uint32_t rest = bits.word[w]; rest; rest &= rest - 1) {
-        const int c = 32 * w + __ffs(static_cast<int>(rest)) - 1, of = c & (kClasses - 1);
-        uint32_t& places = place.word[kCounters == 2 && of >= 4 ? kCounters - 1 : 0];
-        const uint32_t at = list + kRecordBytes * ptx::Permute(places, 0, 0x4440u | (of & 3));
-        places += 1u << (of & 3) * 8;
-        // A page from a file may mark more outliers than it has slots.
-        ptx::CopyAsync8(at, values + 4 * min(slot, capacity - 1));
-        ptx::StoreShared64(at + 8, key ? make_uint2(c * (kColumns * 8), token)
-                                       : make_uint2(token * (kDecodeRows * 4), c / kClasses));
-        ++slot;
+    for (int i = 0; i < kCounters; ++i)
+#pragma unroll
+      for (int offset = 1; offset < kHalfWarp; offset *= 2)
+        through.word[i] = ptx::AddLower16(through.word[i], offset);
+    return through;
+  }
+  static __device__ __forceinline__ Counts Total(const Counts& through, int role) {
+    Counts out;
+#pragma unroll
+    for (int i = 0; i < kCounters; ++i)
+      out.word[i] = __shfl_sync(kAllLanes, through.word[i], role * kHalfWarp + kHalfWarp - 1);
+    return out;
+  }
+
+  // Makes a record of each outlier that `bits` mark, sorted by class. through: counts up to this
+  // token's; all: of the role; slot: of the last one; last_slot: of a page; lists: addresses of
+  // records of K, V.
+  static __device__ __forceinline__ void List(const Bits& bits, const Counts& own,
+                                              const Counts& through, const Counts& all, int slot,
+                                              const char* values, int last_slot,
+                                              const uint32_t (&lists)[2], int lane) {
+    const bool key = IsKey(lane);
+    const uint32_t token = TokenOf(lane), list = key ? lists[0] : lists[1];
+    const uint32_t shift = key ? 0 : kClasses == 2 ? 1 : kClasses == 4 ? 2 : 3;
+    const uint32_t scale = key ? kColumns * 8 : 1 << 16;
+    const uint32_t base = key ? token << 16 : token * kWeightBytes;
+    const Counts padded = all.Padded();
+    Counts place;  // of the next record of each class
+#pragma unroll
+    for (int i = 0; i < kCounters; ++i) place.word[i] = key ? all.word[i] : padded.word[i];
+    place = place.Before();
+    const Counts ends = place + all;
+#pragma unroll
+    for (int i = 0; i < kCounters; ++i) {
+      const uint32_t c = lane >> 2 & 3, end = ptx::Permute(ends.word[i], 0, 0x4440u | c);
+      const bool fills = key ? 4 * i + c == kClasses - 1 : 4 * i + c < kClasses;
+      if (fills && (lane & 3) < static_cast<int>(-end & 3))
+        ptx::StoreShared32(list + kWhere + 4 * (end + (lane & 3)), kNobody);
+      place.word[i] += through.word[i] - own.word[i];
+    }
+#pragma unroll
+    for (int w = kWords - 1; w >= 0; --w) {
+      for (uint32_t rest = bits.word[w]; rest;) {
+        const uint32_t in_word = 31 - __clz(static_cast<int>(rest)), c = 32 * w + in_word;
+        rest &= ~(1u << in_word);
+        uint32_t& places = place.word[kCounters == 2 && (c & 4) ? kCounters - 1 : 0];
+        const uint32_t in_counter = kClasses == 2 ? c & 1 : c & 3;
+        const uint32_t i = ptx::Permute(places, 0, 0x4440u | in_counter);
+        places += 1u << 8 * in_counter;
+        // A page of a damaged cache may mark more outliers than it has slots.
+        ptx::CopyAsync8(list + 8 * i,
+                        values + uint64_t{8} * static_cast<uint32_t>(min(slot, last_slot)));
+        ptx::StoreShared32(list + kWhere + 4 * i, (c >> shift) * scale + base);
+        --slot;
       }
     }
   }
 
   // Begins tile `tile` of a run that ends before `end`. All lanes have loaded its codes.
-  __device__ __forceinline__ void Begin(const DecodeJob& job, int page0, int tile, int end,
+  __device__ __forceinline__ void Begin(const DecodeJob& job, int tile, int end,
                                         const uint32_t (&lists)[2], int lane) {
-    if ((tile & job.page_mask) == 0) before = 0;
     const Bits bits = next;
-    if (tile + 1 < end) next = LoadBits(job, page0, tile + 1, lane);
-    const Counts earlier = Count(bits, lane);
-    few = max(Sum(total[0]), Sum(total[1])) <= kRecords;
+    const bool ends_page = ((tile + 1) & job.page_mask) == 0;
+    mask += ends_page ? kTileBits + 4 : kTileBits;  // beyond the number of those without a slot
+    if (tile + 1 < end) next = LoadBits(mask);
+    const Counts own = CountsOf(bits), through = Through(own);
+    total[0] = Total(through, 0);
+    total[1] = Total(through, 1);
+    few = max(total[0].Sum(), total[1].Padded().Sum()) <= kRecords;
+    const int capacity = View(job, lane).role.outlier_capacity;
+    Counts all;
+#pragma unroll
+    for (int i = 0; i < kCounters; ++i)
+      all.word[i] = IsKey(lane) ? total[0].word[i] : total[1].word[i];
     if (few) {
-      List(job, bits, earlier, before + Sum(earlier), page0 + (tile >> job.page_shift), lists,
-           lane);
+      List(bits, own, through, all, before + through.Sum() - 1, values, capacity - 1, lists, lane);
     }
-    before += Sum(OwnTotal(lane));
+    before += all.Sum();
+    if (ends_page) {
+      before = 0;
+      values += static_cast<int64_t>(capacity) * 8;
+    }
   }
 
   __device__ __forceinline__ int Rounds() const { return few ? 1 : kDecodeTile / kRoundTokens; }
+
+  // Makes records of round `round` of one role of a tile; returns their numbers. Rare: it starts
+  // from the mask again, so that tiles with few outliers keep nothing for it.
+  static __device__ __noinline__ Counts MakeRound(const DecodeJob& job, int page0, int tile,
+                                                  int role, int round, uint32_t key_list,
+                                                  uint32_t value_list, int lane) {
+    TileOutliers self;
+    self.Start(job, page0, tile, lane);
+    const uint32_t lists[2] = {key_list, value_list};
+    Bits bits = self.next;
+    const int slot = self.before + Through(CountsOf(bits)).Sum() - 1;
+    const bool chosen = IsKey(lane) == (role == 0) && TokenOf(lane) / kRoundTokens == round;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) bits.word[i] = chosen ? bits.word[i] : 0;
+    const Counts own = CountsOf(bits), through = Through(own), all = Total(through, role);
+    if (IsKey(lane) == (role == 0)) {
+      List(bits, own, through, all, slot, self.values, View(job, lane).role.outlier_capacity - 1,
+           lists, lane);
+    }
+    return all;
+  }
 
   // Waits for the records of round `round` of a role; makes them where not all are made at once.
   __device__ __forceinline__ void Round(const DecodeJob& job, int page0, int tile, int role,
                                         int round, const uint32_t (&lists)[2], int lane) {
     if (!few) {
       __syncwarp();  // the round before is read
-      Bits bits = LoadBits(job, page0, tile, lane);
-      Counts earlier = Count(bits, lane);
-      const int slot = before - Sum(OwnTotal(lane)) + Sum(earlier);
-      const bool chosen = IsKey(lane) == (role == 0) && TokenOf(lane) / kRoundTokens == round;
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) bits.word[i] = chosen ? bits.word[i] : 0;
-      earlier = Count(bits, lane);
-      List(job, bits, earlier, slot, page0 + (tile >> job.page_shift), lists, lane);
+      total[role] = MakeRound(job, page0, tile, role, round, lists[0], lists[1], lane);
     }
     ptx::CopyWait<0>();
     __syncwarp();
@@ -222,16 +290,18 @@ struct TileOutliers {
   // Adds products of K's records and the queries to sums (of tokens first_token and 8 more).
   __device__ __forceinline__ void AddScores(uint32_t list, int first_token, int lane,
                                             float (&sum)[4]) const {
-    const int count = Sum(total[0]);
+    const uint32_t row = 8 * ((lane >> 2) & (kColumns - 1));
+    const uint32_t token = static_cast<uint32_t>(first_token) << 16;
+    const uint32_t end = list + 8 * total[0].Sum();
+    uint32_t where_at = list + kWhere + 4 * (lane & 3), lane_at = 8 * (lane & 3);
 #pragma unroll 1
-    for (int first = 0; first < count; first += 4) {
-      const int i = first + (lane & 3);
-      const uint4 record = ptx::LoadShared128(list + kRecordBytes * min(i, count - 1));
-      const uint2 q = ptx::LoadShared64(query + record.z);
-      const int token = i < count ? static_cast<int>(record.w) - first_token : -1;
-      const bool upper = token == 0, lower = token == 8;
-      ptx::Mma(sum, upper ? record.x : 0, lower ? record.x : 0, upper ? record.y : 0,
-               lower ? record.y : 0, q.x, q.y);
+    for (uint32_t at = list; at < end; at += 32, where_at += 16) {
+      const uint32_t where = ptx::LoadShared32(where_at);
+      const uint2 x = ptx::LoadShared64(at + lane_at);
+      const uint2 q = ptx::LoadShared64(query + ptx::AndOr(where, 0xFFFFu, row));
+      const uint32_t of = where & 0xFFFF0000u;
+      const bool upper = of == token, lower = of == token + (8u << 16);
+      ptx::Mma(sum, upper ? x.x : 0, lower ? x.x : 0, upper ? x.y : 0, lower ? x.y : 0, q.x, q.y);
     }
   }
 
@@ -241,7 +311,7 @@ struct TileOutliers {
     const auto rounded = [](float x) { return __float_as_uint(x) + 0x1000u; };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      ptx::StoreShared64(at + (first_token + 8 * half) * (kDecodeRows * 4) + (lane & 3) * 8,
+      ptx::StoreShared64(at + (first_token + 8 * half) * kWeightBytes + (lane & 3) * 8,
                          make_uint2(rounded(weight[2 * half]), rounded(weight[2 * half + 1])));
     }
   }
@@ -249,21 +319,18 @@ struct TileOutliers {
   // Adds V's records to outputs. weights: where StoreWeights has stored.
   __device__ __forceinline__ void AddValues(uint32_t list, uint32_t weights, int lane,
                                             LaneRows<D, kColumns>* rows) const {
-    const int r = lane >> 2, j = lane & 3;
-    const uint32_t column = weights + 4 * r;
-    int end = 0;
+    const uint32_t r = lane >> 2;
+    uint32_t at = list + 8 * (lane & 3), where_at = list + kWhere + 4 * (lane & 3);
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      int first = end;
-      end += static_cast<int>(total[1].word[c / 4] >> c % 4 * 8 & 255);
 #pragma unroll 1
-      for (; first < end; first += 4) {
-        const int i = first + j;
-        const uint4 record = ptx::LoadShared128(list + kRecordBytes * min(i, end - 1));
-        const uint32_t p = ptx::LoadShared32(column + record.z);
-        const bool mine = i < end && static_cast<int>(record.w) == r;
-        const float2 x = ptx::FloatsFromHalves(mine ? record.x : 0);
-        const float2 y = ptx::FloatsFromHalves(mine ? record.y : 0);
+      for (int rest = total[1].Of(c); rest > 0; rest -= 4, at += 32, where_at += 16) {
+        const uint32_t where = ptx::LoadShared32(where_at);
+        const uint2 value = ptx::LoadShared64(at);
+        const uint32_t p = ptx::LoadShared32(weights + ptx::AndOr(where, 0xFFFFu, 4 * r));
+        const bool mine = (where & 0xFFFF0000u) == r << 16;
+        const float2 x = ptx::FloatsFromHalves(mine ? value.x : 0);
+        const float2 y = ptx::FloatsFromHalves(mine ? value.y : 0);
         if constexpr (kColumns == 4) {  // columns 4-7 are elements 1 and 3
           const bool even = lane < kHalfWarp;
           ptx::MmaTf32(rows->out[c], x.x, y.x, x.y, y.y, even ? p : 0, even ? 0 : p);

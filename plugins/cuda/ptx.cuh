@@ -254,6 +254,15 @@ __device__ __forceinline__ void ProxyFence() {
 #endif
 }
 
+// x plus that of the lane `offset` before this one, if it is of the same half of the warp.
+__device__ __forceinline__ uint32_t AddLower16(uint32_t x, uint32_t offset) {
+  uint32_t y;
+  asm volatile("{.reg .pred p; shfl.sync.up.b32 %0|p,%1,%2,0x1000,0xFFFFFFFF; @p add.u32 %0,%0,%1;}"
+               : "=&r"(y)
+               : "r"(x), "r"(offset));
+  return y;
+}
+
 // Brings the line of an address near. Nothing waits for it.
 __device__ __forceinline__ void Prefetch(const void* from) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(from) : "memory");
