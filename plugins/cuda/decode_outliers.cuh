@@ -217,7 +217,8 @@ struct TileOutliers {
         uint32_t& places = place.word[kCounters == 2 && (c & 4) ? kCounters - 1 : 0];
         const uint32_t in_counter = kClasses == 2 ? c & 1 : c & 3;
         const uint32_t i = ptx::Permute(places, 0, 0x4440u | in_counter);
-        places += 1u << 8 * in_counter;
+        // The shift wraps at 32.
+        places += __funnelshift_l(0u, 1u, 8 * (kClasses == 2 ? in_counter : c));
         // A page of a damaged cache may mark more outliers than it has slots.
         ptx::CopyAsync8(list + 8 * i,
                         values + uint64_t{8} * static_cast<uint32_t>(min(slot, last_slot)));
@@ -320,13 +321,15 @@ struct TileOutliers {
   __device__ __forceinline__ void AddValues(uint32_t list, uint32_t weights, int lane,
                                             LaneRows<D, kColumns>* rows) const {
     const uint32_t r = lane >> 2;
-    uint32_t at = list + 8 * (lane & 3), where_at = list + kWhere + 4 * (lane & 3);
+    uint32_t first = list, where_at = list + kWhere + 4 * (lane & 3);
+    const uint32_t lane_at = 8 * (lane & 3);
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
 #pragma unroll 1
-      for (int rest = total[1].Of(c); rest > 0; rest -= 4, at += 32, where_at += 16) {
+      for (const uint32_t end = first + 8 * total[1].Of(c); first < end;
+           first += 32, where_at += 16) {
         const uint32_t where = ptx::LoadShared32(where_at);
-        const uint2 value = ptx::LoadShared64(at);
+        const uint2 value = ptx::LoadShared64(first + lane_at);
         const uint32_t p = ptx::LoadShared32(weights + ptx::AndOr(where, 0xFFFFu, 4 * r));
         const bool mine = (where & 0xFFFF0000u) == r << 16;
         const float2 x = ptx::FloatsFromHalves(mine ? value.x : 0);
