@@ -226,6 +226,8 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
   job.page_mask = (1 << job.page_shift) - 1;
   job.pair_mask = job.page_mask & 1;
+  job.head_bits = 0;
+  while (1 << job.head_bits < attention.call.heads) ++job.head_bits;
   job.no_mean = attention.key.role.page_mean ? 0 : 1 << 30;
   job.stages = instance.stages(gpu.shared_limit);
   job.items = static_cast<int>(cut.problems * cut.splits);

@@ -81,11 +81,24 @@ __device__ __forceinline__ void CopyByLanes(uint32_t to, const char* from, int b
     ptx::CopyAsync16(to + byte, from + byte);
 }
 
+// Scales of a stage that has no page: NaN, so that rows that see its tokens become NaN, and no
+// others. Its codes and mean stay those of the stage before.
+__device__ __forceinline__ const char* NoScales() {
+  constexpr uint32_t kNan = 0x7E007E00u;
+  alignas(16) static __device__ const uint32_t scales[kDecodeTile] = {
+      kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan,
+      kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan};
+  static_assert(sizeof(scales) == 2 * 2 * kDecodeTile, "two tiles");
+  return reinterpret_cast<const char*>(scales);
+}
+
 template <class Key, class Value, int D, int kRings>
 struct Feed {
   using S = Stage<Key, Value, D>;
   Cursor<kRings> cursor;
-  uint32_t tile0;  // number of the sequence's first tile
+  // Of the item: number of the first tile of the sequence and head; with a page table, both
+  // (head_bits: of the head).
+  uint32_t sequence;
   uint32_t ring;
   uint32_t next;  // stage to fill
 
@@ -111,8 +124,32 @@ struct Feed {
                                            int held_index) {
     Problem p;
     if (!cursor.NextItem(job, warp, held, held_index, &p)) return;
-    const int page0 = (p.b * job.attention.call.heads + p.h) * job.attention.call.num_pages;
-    tile0 = __shfl_sync(kAllLanes, static_cast<uint32_t>(page0) << job.page_shift, 0);
+    const Call& call = job.attention.call;
+    const int page0 = (p.b * call.heads + p.h) * call.num_pages;
+    uint32_t own = static_cast<uint32_t>(page0) << job.page_shift;
+    if (call.pages.pool_pages > 0) {
+      own = static_cast<uint32_t>(p.b << job.head_bits | p.h);
+      ptx::Prefetch(Entry(job, p.b, cursor.tile));  // for the next Fill
+    }
+    sequence = __shfl_sync(kAllLanes, own, 0);
+  }
+
+  static __device__ __forceinline__ const int32_t* Entry(const DecodeJob& job, int b, int tile) {
+    const Call& call = job.attention.call;
+    return call.pages.entries + static_cast<int64_t>(b) * call.num_pages + (tile >> job.page_shift);
+  }
+
+  // Whether there is a page for the next tiles, and the number of the first in the page tensors.
+  __device__ __forceinline__ bool FindTile(const DecodeJob& job, uint32_t* tile) const {
+    const Call& call = job.attention.call;
+    if (call.pages.pool_pages == 0) {
+      *tile = sequence + cursor.tile;
+      return true;
+    }
+    const uint32_t b = sequence >> job.head_bits, h = sequence - (b << job.head_bits);
+    const uint32_t page = *Entry(job, b, cursor.tile);
+    *tile = (page * call.heads + h) << job.page_shift | (cursor.tile & job.page_mask);
+    return page < static_cast<uint32_t>(call.pages.pool_pages);
   }
 
   // Enqueues the next stage, if there is one. Nobody in the warp reads it any more. held: as in
@@ -122,27 +159,41 @@ struct Feed {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
       const bool has_mean = Key::kPageMeans && cursor.means.Has(job, cursor.tile);
-      const uint32_t tile = tile0 + cursor.tile, page = tile >> job.page_shift;
       const RoleCache& k = job.attention.key.cache;
       const RoleCache& v = job.attention.value.cache;
       const auto place = [](const void* tensor, uint32_t at, uint32_t size) {
         return static_cast<const char*>(tensor) + static_cast<uint64_t>(at) * size;
       };
+      uint32_t tile;
       if constexpr (ptx::kBulkCopies) {
         if (ptx::Elect()) {
-          const uint32_t barrier = next + S::kBarrier;
-          ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles) + (has_mean ? 2 * D : 0));
-          ptx::BulkCopy(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, barrier);
-          ptx::BulkCopy(next + S::kValue, place(v.codes, tile, S::kValueTile),
-                        count * S::kValueTile, barrier);
-          ptx::BulkCopy(next + S::kKeyScales, place(k.scales, tile, S::kScalesTile),
-                        count * S::kScalesTile, barrier);
-          ptx::BulkCopy(next + S::kValueScales, place(v.scales, tile, S::kScalesTile),
-                        count * S::kScalesTile, barrier);
-          if (has_mean) ptx::BulkCopy(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, barrier);
+          const uint32_t barrier = next + S::kBarrier, scales = count * S::kScalesTile;
+          const auto copy = [&](uint32_t tile) {
+            const uint32_t page = tile >> job.page_shift;
+            ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles) + (has_mean ? 2 * D : 0));
+            ptx::BulkCopy(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, barrier);
+            ptx::BulkCopy(next + S::kValue, place(v.codes, tile, S::kValueTile),
+                          count * S::kValueTile, barrier);
+            ptx::BulkCopy(next + S::kKeyScales, place(k.scales, tile, S::kScalesTile), scales,
+                          barrier);
+            ptx::BulkCopy(next + S::kValueScales, place(v.scales, tile, S::kScalesTile), scales,
+                          barrier);
+            if (has_mean)
+              ptx::BulkCopy(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, barrier);
+          };
+          if (job.attention.call.pages.pool_pages == 0) {
+            copy(sequence + cursor.tile);
+          } else if (FindTile(job, &tile)) {
+            copy(tile);
+          } else {
+            ptx::BarrierExpect(barrier, 2 * scales);
+            ptx::BulkCopy(next + S::kKeyScales, NoScales(), scales, barrier);
+            ptx::BulkCopy(next + S::kValueScales, NoScales(), scales, barrier);
+          }
         }
         __syncwarp();
-      } else {
+      } else if (FindTile(job, &tile)) {
+        const uint32_t page = tile >> job.page_shift;
         CopyByLanes(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, lane);
         CopyByLanes(next + S::kValue, place(v.codes, tile, S::kValueTile), count * S::kValueTile,
                     lane);
@@ -151,6 +202,9 @@ struct Feed {
         CopyByLanes(next + S::kValueScales, place(v.scales, tile, S::kScalesTile),
                     count * S::kScalesTile, lane);
         if (has_mean) CopyByLanes(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, lane);
+      } else {
+        CopyByLanes(next + S::kKeyScales, NoScales(), count * S::kScalesTile, lane);
+        CopyByLanes(next + S::kValueScales, NoScales(), count * S::kScalesTile, lane);
       }
       next = next + S::kBytes == ring + job.stages * S::kBytes ? ring : next + S::kBytes;
       cursor.tile += count;
