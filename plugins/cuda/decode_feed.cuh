@@ -76,21 +76,28 @@ struct Cursor {
 };
 
 // Bytes of global into shared memory by a warp, 16 at a time.
-__device__ __forceinline__ void CopyByLanes(uint32_t to, const char* from, int bytes, int lane) {
+__device__ __forceinline__ void CopyByLanes(uint32_t to, const void* from, int bytes, int lane) {
   for (int byte = lane * 16; byte < bytes; byte += 16 * kWarp)
-    ptx::CopyAsync16(to + byte, from + byte);
+    ptx::CopyAsync16(to + byte, static_cast<const char*>(from) + byte);
 }
 
-// Scales of a stage that has no page: NaN, so that rows that see its tokens become NaN, and no
-// others. Its codes and mean stay those of the stage before.
-__device__ __forceinline__ const char* NoScales() {
-  constexpr uint32_t kNan = 0x7E007E00u;
-  alignas(16) static __device__ const uint32_t scales[kDecodeTile] = {
-      kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan,
-      kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan};
-  static_assert(sizeof(scales) == 2 * 2 * kDecodeTile, "two tiles");
-  return reinterpret_cast<const char*>(scales);
-}
+// What a stage without a page gets: scales that are NaN, so that rows that see its tokens become
+// NaN, and codes of V that are valid, so that no others do. Codes and mean of K may be anything.
+template <class S>
+struct NoPage {
+  static __device__ __forceinline__ const void* Scales() {
+    constexpr uint32_t kNan = 0x7E007E00u;
+    alignas(16) static __device__ const uint32_t scales[kDecodeTile] = {
+        kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan,
+        kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan};
+    static_assert(sizeof(scales) >= S::kTiles * S::kScalesTile, "two tiles");
+    return scales;
+  }
+  static __device__ __forceinline__ const void* Codes() {
+    alignas(16) static __device__ const uint8_t codes[S::kTiles * S::kValueTile] = {};
+    return codes;
+  }
+};
 
 template <class Key, class Value, int D, int kRings>
 struct Feed {
@@ -186,9 +193,10 @@ struct Feed {
           } else if (FindTile(job, &tile)) {
             copy(tile);
           } else {
-            ptx::BarrierExpect(barrier, 2 * scales);
-            ptx::BulkCopy(next + S::kKeyScales, NoScales(), scales, barrier);
-            ptx::BulkCopy(next + S::kValueScales, NoScales(), scales, barrier);
+            ptx::BarrierExpect(barrier, count * S::kValueTile + 2 * scales);
+            ptx::BulkCopy(next + S::kValue, NoPage<S>::Codes(), count * S::kValueTile, barrier);
+            ptx::BulkCopy(next + S::kKeyScales, NoPage<S>::Scales(), scales, barrier);
+            ptx::BulkCopy(next + S::kValueScales, NoPage<S>::Scales(), scales, barrier);
           }
         }
         __syncwarp();
@@ -203,8 +211,9 @@ struct Feed {
                     count * S::kScalesTile, lane);
         if (has_mean) CopyByLanes(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, lane);
       } else {
-        CopyByLanes(next + S::kKeyScales, NoScales(), count * S::kScalesTile, lane);
-        CopyByLanes(next + S::kValueScales, NoScales(), count * S::kScalesTile, lane);
+        CopyByLanes(next + S::kValue, NoPage<S>::Codes(), count * S::kValueTile, lane);
+        CopyByLanes(next + S::kKeyScales, NoPage<S>::Scales(), count * S::kScalesTile, lane);
+        CopyByLanes(next + S::kValueScales, NoPage<S>::Scales(), count * S::kScalesTile, lane);
       }
       next = next + S::kBytes == ring + job.stages * S::kBytes ? ring : next + S::kBytes;
       cursor.tile += count;
