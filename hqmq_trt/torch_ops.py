@@ -94,15 +94,18 @@ def _split(scheme: Scheme, codebooks: Sequence[Tensor], tensors: Sequence[Tensor
     return [books[:key_books], books[key_books:]], [caches[:key_tensors], caches[key_tensors:]]
 
 
-def _kernels(x: Tensor, page_table: Tensor | None = None) -> ModuleType:
+def _kernels(x: Tensor) -> ModuleType:
     """The module whose append, load and attend serve the device of `x`."""
     if x.device.type == "cpu":
         return native_attention
-    if x.is_cuda and os.environ.get(TORCH_CUDA_VARIABLE) != "1":
-        return cuda
-    if page_table is not None:
-        raise HqmqError(f"the plain-torch kernels on {x.device} take no page_table; the CPU and the CUDA library do")
-    return torch_attention
+    return cuda if x.is_cuda and os.environ.get(TORCH_CUDA_VARIABLE) != "1" else torch_attention
+
+
+def _check_takes_pages(kernels: ModuleType, page_table: Tensor) -> None:
+    if kernels is torch_attention:
+        raise HqmqError(
+            f"the plain-torch kernels on {page_table.device} take no page_table; the CPU and the CUDA library do"
+        )
 
 
 def _quantize_(
@@ -119,13 +122,15 @@ def _quantize_(
     codec, page_size = _role(scheme, role, rotate)
     operator_checks.check_cache(codec, page_size, role, codebook, cache, page_table)
     operator_checks.check_append(x, role, past_length, new_length, cache)
-    kernels = _kernels(x, page_table)
+    kernels = _kernels(x)
     if kernels is not native_attention:
         operator_checks.check_values(x, role, past_length, new_length, cache, page_table)
     filled: list[range] = []
-    if page_table is not None and not operator_checks.capturing(x):
-        filled = paging.pages_that_fill(past_length.tolist(), new_length.tolist(), page_size)
-        paging.check_entries(page_table, len(cache[0]), filled)
+    if page_table is not None:
+        _check_takes_pages(kernels, page_table)
+        if not operator_checks.capturing(x):
+            filled = paging.pages_that_fill(past_length.tolist(), new_length.tolist(), page_size)
+            paging.check_entries(page_table, len(cache[0]), filled)
     if kernels is cuda:
         cuda.append(x, past_length, new_length, codec, codebook, cache, page_table=page_table)
     elif kernels is torch_attention:
@@ -170,8 +175,9 @@ def _dequantize(
     tokens = cache[0].shape[2] if page_table is None else page_size * page_table.shape[1]
     if max(held, default=0) > tokens:
         raise HqmqError(f"length {held} exceeds the {tokens} tokens of the {role} cache")
-    kernels = _kernels(cache[0], page_table)
+    kernels = _kernels(cache[0])
     if page_table is not None:
+        _check_takes_pages(kernels, page_table)
         if held:
             full = [range(n // page_size) for n in held]
             paging.check_entries(page_table, len(cache[0]), full)
@@ -215,16 +221,18 @@ def _attention_(
         raise HqmqError(f"sinks {list(sinks.shape)} do not hold one value for each of {q.shape[1]} query heads")
     if window < 0 or softcap < 0:
         raise HqmqError(f"window {window} and softcap {softcap} must not be negative (0 switches them off)")
-    kernels = _kernels(q, page_table)
+    kernels = _kernels(q)
     if kernels is not native_attention:
         for name, x, tensors in zip(ROLES, (k, v), caches, strict=True):
             operator_checks.check_values(x, name, past_length, new_length, tensors, page_table)
     filled: list[range] = []
-    if page_table is not None and not operator_checks.capturing(q):
-        past, new = past_length.tolist(), new_length.tolist()
-        filled = paging.pages_that_fill(past, new, codec.page_size)
-        for pages in (filled, paging.pages_that_are_read(past, new, codec.page_size, window)):
-            paging.check_entries(page_table, len(caches[0][0]), pages)
+    if page_table is not None:
+        _check_takes_pages(kernels, page_table)
+        if not operator_checks.capturing(q):
+            past, new = past_length.tolist(), new_length.tolist()
+            filled = paging.pages_that_fill(past, new, codec.page_size)
+            for pages in (filled, paging.pages_that_are_read(past, new, codec.page_size, window)):
+                paging.check_entries(page_table, len(caches[0][0]), pages)
     inputs = (q, k, v, past_length, new_length, sinks, codec, books)
     if kernels is cuda:
         return cuda.attend(*inputs, caches, scale, window, softcap, page_table)

@@ -1,0 +1,186 @@
+"""Page tables on the CPU: the operators give what they give without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hqmq_trt import native, torch_attention, torch_ops
+from hqmq_trt import page_table as paging
+from hqmq_trt.errors import HqmqError
+from hqmq_trt.format import cache_tensors, paged_cache_tensors
+from hqmq_trt.scheme import ROLES, Scheme
+from tests.attention_cases import Attention, assert_same_caches, bits
+from tests.codec_cases import lengths
+from tests.paged_cases import Paged, assert_same_pages, assert_untouched, paged, pages_of
+
+SCHEMES = [("hq3@p16", 64), ("hq4@p32", 64), ("k=hq4,v=hq3@p16", 64), ("paper:s8_r3+med3@p8", 20), ("fp16@p8", 16)]
+OPS = torch.ops.hqmq
+
+
+def attend(
+    case: Attention, inputs: tuple[Tensor, ...], past: Tensor, new: Tensor, caches: list[list[Tensor]],
+    table: Tensor | None, window: int = 0,
+) -> Tensor:  # fmt: skip
+    """hqmq::attention_ in place."""
+    books, tensors = [x for role in case.books for x in role], [x for role in caches for x in role]
+    y: Tensor = OPS.attention_(
+        *inputs, past, new, None, books, tensors, case.name, case.head_dim**-0.5, window, page_table=table
+    )
+    return y
+
+
+def assert_steps_agree(case: Attention, pool: Paged, news: list[tuple[int, ...]], window: int = 0) -> None:
+    """Run calls with and without the table; the same bytes, and nothing else in the pool touched."""
+    plain, held = case.clone(), list(case.past)
+    for i, new in enumerate(news):
+        inputs = case.inputs(max(new), seed=i)
+        before, past = pool.bits(), lengths(*held)
+        expected = attend(case, inputs, past, lengths(*new), plain, None, window)
+        y = attend(case, inputs, past, lengths(*new), pool.caches, pool.table, window)
+        held = [a + b for a, b in zip(held, new, strict=True)]
+        assert torch.equal(bits(y), bits(expected))
+        assert_same_pages(pool, plain, held)
+        assert_untouched(before, pool.bits(), pages_of(pool.table, held, pool.page_size))
+
+
+@pytest.mark.parametrize(("name", "head_dim"), SCHEMES)
+def test_attention_is_that_of_the_contiguous_form(name: str, head_dim: int) -> None:
+    case = Attention(name, head_dim, 2, 2, past=(0, 30, 47, 64), capacity=160)
+    pool = paged(case, case.caches, case.past)
+    assert_steps_agree(case, pool, [(3, 2, 1, 0), (1, 1, 1, 1), (40, 0, 70, 33), *[(1, 1, 1, 1)] * 9])
+
+
+@pytest.mark.parametrize(("name", "head_dim"), SCHEMES)
+@pytest.mark.parametrize("role", ROLES)
+def test_quantize_and_dequantize_are_those_of_the_contiguous_form(name: str, head_dim: int, role: str) -> None:
+    case = Attention(name, head_dim, 2, 1, past=(0, 30), capacity=96)
+    pool, index = paged(case, case.caches, case.past), ROLES.index(role)
+    x = case.inputs(40)[1]
+    past, new, held = lengths(*case.past), lengths(40, 37), lengths(40, 67)
+    plain, book, paged_cache = case.clone()[index], case.books[index], pool.caches[index]
+    OPS.quantize_(x, past, new, book, plain, name, role)
+    OPS.quantize_(x, past, new, book, paged_cache, name, role, page_table=pool.table)
+    dense = [
+        OPS.dequantize(held, book, cache, name, role, torch.float16, page_table=table)
+        for cache, table in ((plain, None), (paged_cache, pool.table))
+    ]
+    assert torch.equal(bits(dense[0]), bits(dense[1]))
+
+
+def test_sequences_share_the_pages_of_a_prefix() -> None:
+    """The second sequence goes on from the first 64 tokens of the first; pages of both stay theirs."""
+    case = Attention("hq4@p16", 64, 2, 2, past=(64, 64), capacity=160)
+    for cache in case.caches:
+        for tensor in cache:
+            tensor[1] = tensor[0]
+    pool = paged(case, case.caches, case.past)
+    pool.table[1, :4] = pool.table[0, :4]
+    assert_steps_agree(case, pool, [(5, 11), (1, 1), (30, 9), (20, 50)])
+    assert len({*pool.table.flatten().tolist()}) == pool.table.numel() - 4
+
+
+def test_entries_that_nobody_needs_may_be_anything() -> None:
+    window = 20
+    case = Attention("hq3@p16", 64, 2, 2, past=(64, 70, 33), capacity=160)
+    pool = paged(case, case.caches, case.past)
+    pool.table[0, :2] = -1  # out of the window: key 45 is the first that token 64 sees
+    pool.table[1, :3], pool.table[1, 4:] = -1, 1000  # page 3 has the keys 51 … 63 that token 70 sees
+    pool.table[2] = -7  # no new token
+    plain = case.clone()
+    inputs = case.inputs(5)
+    past, new = lengths(*case.past), lengths(5, 2, 0)
+    y = attend(case, inputs, past, new, pool.caches, pool.table, window)
+    assert torch.equal(bits(y), bits(attend(case, inputs, past, new, plain, None, window)))
+
+
+@pytest.mark.parametrize("entry", [-1, 1000])
+@pytest.mark.parametrize(("page", "what"), [(2, "read"), (4, "filled")])
+def test_a_needed_entry_outside_the_pool_is_refused_and_nothing_changes(entry: int, page: int, what: str) -> None:
+    case = Attention("hq4@p16", 64, 2, 2, past=(10, 70), capacity=160)
+    pool = paged(case, case.caches, case.past)
+    pool.table[1, page] = entry
+    before, tails = pool.bits(), [cache[-1].clone() for cache in pool.caches]
+    with pytest.raises(HqmqError, match=f"names page {entry} for page {page} of sequence 1"):
+        attend(case, case.inputs(20), lengths(10, 70), lengths(20, 20), pool.caches, pool.table)
+    if what == "filled":
+        x = case.inputs(20)[1]
+        with pytest.raises(HqmqError, match=f"for page {page} of sequence 1"):
+            OPS.quantize_(
+                x, lengths(10, 70), lengths(20, 20), case.books[0], pool.caches[0], case.name, "key",
+                page_table=pool.table,
+            )  # fmt: skip
+    else:
+        with pytest.raises(HqmqError, match=f"for page {page} of sequence 1"):
+            OPS.dequantize(
+                lengths(10, 70), case.books[0], pool.caches[0], case.name, "key", torch.float32, page_table=pool.table
+            )
+    assert_untouched(before, pool.bits(), [])
+    assert all(torch.equal(bits(a), bits(cache[-1])) for a, cache in zip(tails, pool.caches, strict=True))
+
+
+def test_errors_leave_the_pool_as_it_was() -> None:
+    case = Attention("hq4@p16", 64, 2, 2, past=(10, 70), capacity=96)
+    pool = paged(case, case.caches, case.past)
+    before = pool.bits()
+    q, k, v = case.inputs(30)
+    with pytest.raises(HqmqError, match="sequence 1 needs 7 pages"):
+        attend(case, (q, k, v), lengths(10, 70), lengths(20, 30), pool.caches, pool.table)
+    v[1, 0, 3, 3] = torch.nan
+    with pytest.raises(HqmqError, match="sequence 1, head 0, token 73"):
+        attend(case, (q, k, v), lengths(10, 70), lengths(20, 20), pool.caches, pool.table)
+    assert_untouched(before, pool.bits(), [])
+
+
+def test_tables_and_tensors_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Attention("hq4@p16", 64, 2, 2, past=(10, 70), capacity=96)
+    pool = paged(case, case.caches, case.past)
+    run = (case, case.inputs(2), lengths(10, 70), lengths(2, 2))
+    with pytest.raises(HqmqError, match=r"page_table is torch\.int64 \[2, 6\]"):
+        attend(*run, pool.caches, pool.table.long())
+    with pytest.raises(HqmqError, match=r"\[1, 6\], expected torch\.int32 \[2, M\]"):
+        attend(*run, pool.caches, pool.table[:1])
+    with pytest.raises(HqmqError, match="page_table is not a contiguous tensor on cpu"):
+        attend(*run, pool.caches, pool.table.t().contiguous().t())
+    with pytest.raises(HqmqError, match=r"key codes is .* expected torch\.int32 \[2, 2, 16, 8\]"):
+        attend(*run, case.clone(), pool.table)
+    smaller = [*[x[:-1].clone() for x in pool.caches[1][:-1]], pool.caches[1][-1]]
+    with pytest.raises(HqmqError, match="differ in capacity"):
+        attend(*run, [pool.caches[0], smaller], pool.table)
+    with pytest.raises(HqmqError, match=r"page_table is torch\.int64"):
+        native.role_cache(case.scheme.key, pool.caches[0], native.CPU, pool.table.long())
+    monkeypatch.setattr(torch_ops, "_kernels", lambda x: torch_attention)
+    with pytest.raises(HqmqError, match="plain-torch kernels on cpu take no page_table"):
+        attend(*run, pool.caches, pool.table)
+
+
+def test_gather_and_scatter_are_inverse() -> None:
+    case = Attention("paper:s8_r3+med3@p8", 20, 3, 1, past=(40, 24), capacity=64)
+    pool = paged(case, case.caches, case.past)
+    assert_same_pages(pool, case.caches, case.past)
+    pages = pool.table.shape[1]
+    for cache in pool.caches:
+        for tensor in cache[:-1]:
+            tensor.zero_()
+    for whole, cache in zip(case.caches, pool.caches, strict=True):
+        paging.scatter(whole, cache, pool.table, [range(pages)] * 2)
+    assert_same_caches(pool.contiguous(), case.caches)
+    assert paging.gather([torch.zeros(0, 1, 8, 2), torch.zeros(1)], torch.full((2, 3), -1))[0].shape == (2, 1, 24, 2)
+
+
+@pytest.mark.parametrize(("name", "head_dim"), SCHEMES)
+def test_tensors_of_a_pool_hold_as_much_as_those_of_sequences(name: str, head_dim: int) -> None:
+    scheme = Scheme.parse(name)
+    for role in (scheme.key, scheme.value):
+        sizes = (role, scheme.page_size, head_dim, 3)
+        whole, pool = cache_tensors(*sizes, 2, 5), paged_cache_tensors(*sizes, 2, 10)
+        assert [(t.name, t.dtype, t.nbytes) for t in whole] == [(t.name, t.dtype, t.nbytes) for t in pool]
+        assert {t.shape[0] for t in pool[:-1]} == {10}
+        assert pool[-1] == whole[-1]
+
+
+def test_pages_that_a_call_needs() -> None:
+    assert paging.pages_that_fill([0, 15, 31], [16, 0, 40], 16) == [range(0, 1), range(0), range(1, 4)]
+    assert paging.pages_that_are_read([64, 64, 70], [1, 0, 3], 16) == [range(4), range(0), range(4)]
+    assert paging.pages_that_are_read([64, 63, 70], [1, 1, 3], 16, 17) == [range(3, 4), range(2, 3), range(3, 4)]
