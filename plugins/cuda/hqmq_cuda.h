@@ -37,10 +37,11 @@ HQMQ_API size_t hqmq_cuda_role_params_size(void);
 HQMQ_API size_t hqmq_cuda_role_cache_size(void);
 HQMQ_API const char* hqmq_cuda_last_error(void); /* of this thread; never null */
 
-/* Which pages of a pool sequences have. The page tensors then have pages first, and no batch:
+/* Which pages of a pool sequences have. The page tensors are then those of a cache of pool_pages
+ * sequences of one page each:
  *
- *   codes [pool, H, P, W]          scales [pool, H, P, 1]            mean [pool, H, D]
- *   outlier_mask [pool, H, words]  outlier_value [pool, H, cap, 4]
+ *   codes [pool, H, P, W]             scales [pool, H, P, 1]               mean [pool, H, 1, D]
+ *   outlier_mask [pool, H, 1, words]  outlier_value [pool, H, 1, cap, 4]
  *
  * Page m of sequence b (tokens m*P … m*P + P-1) is page table[b, m] of each of them, of K and of V
  * alike; num_pages is the most pages that a sequence can have. The tail stays [B, H, P+N, D]: it
@@ -53,8 +54,8 @@ HQMQ_API const char* hqmq_cuda_last_error(void); /* of this thread; never null *
  * that goes on from another's tokens needs a copy of its tail, too.
  *
  * An entry outside 0 … pool_pages-1 touches no memory: a page that fills there is not written and
- * counts in status.no_page; one that is read gives NaN (but for the first sink_tokens tokens, which
- * come from the tail), so that the rows of y that see it are NaN. */
+ * its tokens count in status.no_page; one that is read gives NaN (but for the first sink_tokens
+ * tokens, which come from the tail), so that the rows of y that see it are NaN. */
 typedef struct hqmq_cuda_pages {
   const int32_t* table; /* device memory, [B, num_pages]; read by the kernels, as lengths are */
   int32_t pool_pages;   /* pages of the pool */
