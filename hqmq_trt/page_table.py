@@ -99,3 +99,75 @@ def contiguous(
     yield gathered
     for source, cache in zip(gathered, caches, strict=True):
         scatter(source, cache, page_table, filled)
+
+
+class PageAllocator:
+    """Gives the pages of a pool to sequences and takes them back when no sequence has them any more.
+
+    On the host: copy :attr:`table` to the GPU before calls that need new entries. One serves all layers, each of which
+    has page tensors of its own.
+
+    Attributes:
+        table: the page table, int32 [batch, num_pages] on the CPU; -1: no page.
+    """
+
+    def __init__(self, batch: int, num_pages: int, pool_pages: int, page_size: int) -> None:
+        """num_pages: the most that a sequence can have; page_size: in tokens."""
+        self.table = torch.full((batch, num_pages), -1, dtype=torch.int32)
+        self.page_size = page_size
+        self._owners = [0] * pool_pages
+        self._free = list(range(pool_pages))[::-1]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has."""
+        return len(self._free)
+
+    def reserve(self, b: int, tokens: int) -> None:
+        """Give sequence b the pages that it needs to hold `tokens` tokens: those that are then full.
+
+        Raises:
+            HqmqError: more than a sequence can have or than are free; nothing has changed.
+        """
+        count = tokens // self.page_size
+        if count > self.table.shape[1]:
+            raise HqmqError(
+                f"sequence {b} needs {count} pages for {tokens} tokens, the table has {self.table.shape[1]}"
+            )
+        missing = [m for m in range(count) if self.table[b, m] < 0]
+        if len(missing) > len(self._free):
+            raise HqmqError(f"sequence {b} needs {len(missing)} more pages, {len(self._free)} of the pool are free")
+        for m in missing:
+            page = self._free.pop()
+            self._owners[page] = 1
+            self.table[b, m] = page
+
+    def fork(self, source: int, target: int, tokens: int) -> None:
+        """Let sequence `target` begin with the first `tokens` tokens of `source`: they share the full pages of these.
+
+        The caller copies the tail of each layer and role (``cache[-1][target] = cache[-1][source]``), which must hold
+        the rest: `tokens` is a multiple of the page size or lies within the page that `source` has open. `target`
+        gives its own pages back.
+
+        Raises:
+            HqmqError: `source` is `target` or has too few pages; nothing has changed.
+        """
+        if source == target:
+            raise HqmqError(f"sequence {source} cannot go on from itself")
+        count = tokens // self.page_size
+        pages = self.table[source, :count].clone()
+        if len(pages) < count or (pages < 0).any():
+            raise HqmqError(f"sequence {source} has no {count} pages: reserve them first")
+        for page in pages.tolist():
+            self._owners[page] += 1
+        self.release(target)
+        self.table[target, :count] = pages
+
+    def release(self, b: int) -> None:
+        """Take all pages of sequence b back; those that no other sequence has are free."""
+        for page in self.table[b].tolist():
+            if page >= 0:
+                self._owners[page] -= 1
+                if self._owners[page] == 0:
+                    self._free.append(page)
+        self.table[b] = -1

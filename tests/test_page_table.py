@@ -184,3 +184,53 @@ def test_pages_that_a_call_needs() -> None:
     assert paging.pages_that_fill([0, 15, 31], [16, 0, 40], 16) == [range(0, 1), range(0), range(1, 4)]
     assert paging.pages_that_are_read([64, 64, 70], [1, 0, 3], 16) == [range(4), range(0), range(4)]
     assert paging.pages_that_are_read([64, 63, 70], [1, 1, 3], 16, 17) == [range(3, 4), range(2, 3), range(3, 4)]
+
+
+def test_the_allocator_gives_shares_and_takes_back() -> None:
+    pages = paging.PageAllocator(3, 4, 6, 16)
+    pages.reserve(0, 47)
+    pages.reserve(0, 48)
+    assert (pages.free_pages, pages.table[0].tolist()) == (3, [0, 1, 2, -1])
+    pages.fork(0, 1, 40)
+    pages.reserve(1, 64)
+    assert (pages.free_pages, pages.table[1].tolist()) == (1, [0, 1, 3, 4])
+    with pytest.raises(HqmqError, match="needs 5 pages for 80 tokens, the table has 4"):
+        pages.reserve(1, 80)
+    with pytest.raises(HqmqError, match="needs 2 more pages, 1 of the pool are free"):
+        pages.reserve(2, 32)
+    with pytest.raises(HqmqError, match="has no 4 pages"):
+        pages.fork(0, 2, 64)
+    with pytest.raises(HqmqError, match="cannot go on from itself"):
+        pages.fork(0, 0, 16)
+    with pytest.raises(HqmqError, match="has no 3 pages"):
+        pages.fork(2, 1, 48)
+    assert pages.table[1].tolist() == [0, 1, 3, 4]
+    pages.fork(0, 2, 48)
+    pages.fork(1, 2, 16)
+    assert (pages.free_pages, pages.table[2].tolist()) == (1, [0, -1, -1, -1])
+    pages.release(2)
+    pages.release(0)
+    assert (pages.free_pages, pages.table[0].tolist()) == (2, [-1] * 4)  # page 2 alone was its own
+    pages.release(1)
+    assert pages.free_pages == 6
+
+
+def test_a_forked_sequence_goes_on_as_its_source_would() -> None:
+    """Sequence 1 begins where sequence 0 is after 39 tokens, with two of its pages and a copy of its tail."""
+    case = Attention("hq4@p16", 64, 2, 2, past=(0, 0), capacity=80)
+    pages = paging.PageAllocator(2, 5, 9, 16)
+    pool, plain = paged(case, case.caches, case.past), case.clone()
+    prompt, rest = case.inputs(39), case.inputs(30, seed=1)
+    pages.reserve(0, 39)
+    attend(case, prompt, lengths(0, 0), lengths(39, 0), pool.caches, pages.table)
+    pages.fork(0, 1, 39)
+    for cache in pool.caches:
+        cache[-1][1] = cache[-1][0]
+    for b, count in enumerate((30, 11)):
+        pages.reserve(b, 39 + count)
+    y = attend(case, rest, lengths(39, 39), lengths(30, 11), pool.caches, pages.table)
+    prompts = tuple(x[:1].expand(2, -1, -1, -1) for x in prompt)
+    attend(case, prompts, lengths(0, 0), lengths(39, 39), plain, None)
+    assert torch.equal(bits(y), bits(attend(case, rest, lengths(39, 39), lengths(30, 11), plain, None)))
+    assert pages.table[0, :2].tolist() == pages.table[1, :2].tolist()
+    assert pages.table[0, 2] != pages.table[1, 2]
