@@ -82,7 +82,7 @@ __device__ __forceinline__ void CopyByLanes(uint32_t to, const void* from, int b
 }
 
 // What a stage without a page gets: scales that are NaN, so that rows that see its tokens become
-// NaN, and codes of V that are valid, so that no others do. Codes and mean of K may be anything.
+// NaN, and codes that are valid, so that no others do. The mean of K may be anything.
 template <class S>
 struct NoPage {
   static __device__ __forceinline__ const void* Scales() {
@@ -94,7 +94,8 @@ struct NoPage {
     return scales;
   }
   static __device__ __forceinline__ const void* Codes() {
-    alignas(16) static __device__ const uint8_t codes[S::kTiles * S::kValueTile] = {};
+    constexpr int kMost = S::kKeyTile > S::kValueTile ? S::kKeyTile : S::kValueTile;
+    alignas(16) static __device__ const uint8_t codes[S::kTiles * kMost] = {};
     return codes;
   }
 };
@@ -103,8 +104,7 @@ template <class Key, class Value, int D, int kRings>
 struct Feed {
   using S = Stage<Key, Value, D>;
   Cursor<kRings> cursor;
-  // Of the item: number of the first tile of the sequence and head; with a page table, both
-  // (head_bits: of the head).
+  // Of the item: number of the first tile of the sequence and head; with a page table, PagesOf.
   uint32_t sequence;
   uint32_t ring;
   uint32_t next;  // stage to fill
@@ -132,31 +132,24 @@ struct Feed {
     Problem p;
     if (!cursor.NextItem(job, warp, held, held_index, &p)) return;
     const Call& call = job.attention.call;
-    const int page0 = (p.b * call.heads + p.h) * call.num_pages;
-    uint32_t own = static_cast<uint32_t>(page0) << job.page_shift;
+    const int pages = PagesOf(job, p.b, p.h);
+    uint32_t own = static_cast<uint32_t>(pages) << job.page_shift;
     if (call.pages.pool_pages > 0) {
-      own = static_cast<uint32_t>(p.b << job.head_bits | p.h);
-      ptx::Prefetch(Entry(job, p.b, cursor.tile));  // for the next Fill
+      own = pages;
+      ptx::Prefetch(call.pages.entries + p.b * call.num_pages + (cursor.tile >> job.page_shift));
     }
     sequence = __shfl_sync(kAllLanes, own, 0);
   }
 
-  static __device__ __forceinline__ const int32_t* Entry(const DecodeJob& job, int b, int tile) {
-    const Call& call = job.attention.call;
-    return call.pages.entries + static_cast<int64_t>(b) * call.num_pages + (tile >> job.page_shift);
-  }
-
   // Whether there is a page for the next tiles, and the number of the first in the page tensors.
   __device__ __forceinline__ bool FindTile(const DecodeJob& job, uint32_t* tile) const {
-    const Call& call = job.attention.call;
-    if (call.pages.pool_pages == 0) {
+    if (job.attention.call.pages.pool_pages == 0) {
       *tile = sequence + cursor.tile;
       return true;
     }
-    const uint32_t b = sequence >> job.head_bits, h = sequence - (b << job.head_bits);
-    const uint32_t page = *Entry(job, b, cursor.tile);
-    *tile = (page * call.heads + h) << job.page_shift | (cursor.tile & job.page_mask);
-    return page < static_cast<uint32_t>(call.pages.pool_pages);
+    const int page = PageOf(job, sequence, cursor.tile >> job.page_shift);
+    *tile = static_cast<uint32_t>(page) << job.page_shift | (cursor.tile & job.page_mask);
+    return page != kNoPage;
   }
 
   // Enqueues the next stage, if there is one. Nobody in the warp reads it any more. held: as in
@@ -193,7 +186,8 @@ struct Feed {
           } else if (FindTile(job, &tile)) {
             copy(tile);
           } else {
-            ptx::BarrierExpect(barrier, count * S::kValueTile + 2 * scales);
+            ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles));
+            ptx::BulkCopy(next, NoPage<S>::Codes(), count * S::kKeyTile, barrier);
             ptx::BulkCopy(next + S::kValue, NoPage<S>::Codes(), count * S::kValueTile, barrier);
             ptx::BulkCopy(next + S::kKeyScales, NoPage<S>::Scales(), scales, barrier);
             ptx::BulkCopy(next + S::kValueScales, NoPage<S>::Scales(), scales, barrier);
@@ -211,6 +205,7 @@ struct Feed {
                     count * S::kScalesTile, lane);
         if (has_mean) CopyByLanes(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, lane);
       } else {
+        CopyByLanes(next, NoPage<S>::Codes(), count * S::kKeyTile, lane);
         CopyByLanes(next + S::kValue, NoPage<S>::Codes(), count * S::kValueTile, lane);
         CopyByLanes(next + S::kKeyScales, NoPage<S>::Scales(), count * S::kScalesTile, lane);
         CopyByLanes(next + S::kValueScales, NoPage<S>::Scales(), count * S::kScalesTile, lane);

@@ -31,7 +31,7 @@ struct DecodeBlock {
   static_assert(kOutliers == Value::kOutliers, "both roles have outliers or none");
   using Outliers = TileOutliers<D, kColumns>;
   std::conditional_t<kOutliers, Outliers, None> outliers;
-  int page0;  // first page of the sequence and head over [B, H, M]
+  int pages;  // of the sequence and head: PagesOf
   // First tile whose keys are all seen by all rows as codes, and how many there are.
   int seen, seen_count;
 
@@ -42,7 +42,7 @@ struct DecodeBlock {
     const AttentionJob& a = job.attention;
     if constexpr (kOutliers) {
       outliers.StoreQueries(*shared, query_chunks);
-      page0 = (p.b * a.call.heads + p.h) * a.call.num_pages;
+      pages = PagesOf(job, p.b, p.h);
       if constexpr (!kSharedQuery) __syncthreads();
     }
     if constexpr (kSharedQuery) {
@@ -117,7 +117,7 @@ struct DecodeBlock {
                         S::kKeyTile / (D <= 128 ? 1 : 2) >= kDecodeTile * Outliers::kWeightBytes,
                     "records and weights fit");
       __syncwarp();
-      outliers.Begin(job, tile, end, lists, lane);
+      outliers.Begin(job, pages, tile, end, lists, lane);
     }
 #pragma unroll
     for (int group = 0; group < kKeyChunks / 4; ++group) {
@@ -136,7 +136,7 @@ struct DecodeBlock {
     if constexpr (kOutliers) {
 #pragma unroll 1
       for (int round = 0; round < outliers.Rounds(); ++round) {
-        outliers.Round(job, page0, tile, 0, round, lists, lane);
+        outliers.Round(job, pages, tile, 0, round, lists, lane);
         outliers.AddScores(lists[0], first_token, lane, missing);
       }
     }
@@ -195,7 +195,7 @@ struct DecodeBlock {
     if constexpr (kOutliers) {
 #pragma unroll 1
       for (int round = 0; round < outliers.Rounds(); ++round) {
-        outliers.Round(job, page0, tile, 1, round, lists, lane);
+        outliers.Round(job, pages, tile, 1, round, lists, lane);
         outliers.AddValues(lists[1], key_at, lane, rows);
       }
       ptx::ProxyFence();
@@ -289,7 +289,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       MeanStages means;
       means.Start(job, tiles.begin);
       if constexpr (Key::kOutliers) {
-        if (tiles.begin < tiles.end) self.outliers.Start(job, self.page0, tiles.begin, lane);
+        if (tiles.begin < tiles.end) self.outliers.Start(job, self.pages, tiles.begin, lane);
       }
       for (int tile = tiles.begin;;) {
         if (pending.split >= 0 && 2 * tile >= tiles.begin + tiles.end)

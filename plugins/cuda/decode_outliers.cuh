@@ -85,7 +85,7 @@ struct TileOutliers {
 
   // Of this lane's role and token.
   Bits next;           // of the tile to come
-  const char* mask;    // where they lie
+  const char* mask;    // where they lie; null: there is no page, nor outliers
   const char* values;  // of the page of that tile
   int before;          // outliers of the role in the tiles of the page before that tile
   // Of the tile.
@@ -123,19 +123,30 @@ struct TileOutliers {
     return out;
   }
 
-  // Before the first tile of a run. page0: number of the sequence's first page over [B, H, M].
-  __device__ __forceinline__ void Start(const DecodeJob& job, int page0, int tile, int lane) {
+  // Where the mask of this lane's role and token begins in a page (PageIndex), and the page's
+  // values.
+  static __device__ __forceinline__ const char* MaskOf(const RoleView& view, int64_t page,
+                                                       int lane) {
+    return reinterpret_cast<const char*>(view.cache.outlier_mask + page * view.mask_words) +
+           TokenOf(lane) * (D / 32);
+  }
+  static __device__ __forceinline__ const char* ValuesOf(const RoleView& view, int64_t page) {
+    return reinterpret_cast<const char*>(view.cache.outlier_value) +
+           page * view.role.outlier_capacity * 8;
+  }
+
+  // Before the first tile of a run. pages: PagesOf the sequence and head.
+  __device__ __forceinline__ void Start(const DecodeJob& job, int pages, int tile, int lane) {
     const RoleView& view = View(job, lane);
     const int in_page = tile & job.page_mask;
-    const int64_t page = page0 + (tile >> job.page_shift);
-    mask = reinterpret_cast<const char*>(view.cache.outlier_mask + page * view.mask_words) +
-           in_page * kTileBits + TokenOf(lane) * (D / 32);
-    values = reinterpret_cast<const char*>(view.cache.outlier_value) +
-             page * view.role.outlier_capacity * 8;
-    next = LoadBits(mask);
+    const int page = PageOf(job, pages, tile >> job.page_shift);
+    const bool found = page != kNoPage;
+    mask = found ? MaskOf(view, page, lane) + in_page * kTileBits : nullptr;
+    values = ValuesOf(view, page);
+    next = found ? LoadBits(mask) : Bits{};
     before = 0;
 #pragma unroll 1
-    for (int i = in_page; i > 0; i -= 4) {
+    for (int i = found ? in_page : 0; i > 0; i -= 4) {
       Bits earlier[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -229,12 +240,22 @@ struct TileOutliers {
   }
 
   // Begins tile `tile` of a run that ends before `end`. All lanes have loaded its codes.
-  __device__ __forceinline__ void Begin(const DecodeJob& job, int tile, int end,
+  __device__ __forceinline__ void Begin(const DecodeJob& job, int pages, int tile, int end,
                                         const uint32_t (&lists)[2], int lane) {
     const Bits bits = next;
     const bool ends_page = ((tile + 1) & job.page_mask) == 0;
-    mask += ends_page ? kTileBits + 4 : kTileBits;  // beyond the number of those without a slot
-    if (tile + 1 < end) next = LoadBits(mask);
+    if (job.attention.call.pages.pool_pages == 0) {
+      mask += ends_page ? kTileBits + 4 : kTileBits;  // beyond the number of those without a slot
+      if (tile + 1 < end) next = LoadBits(mask);
+    } else if (tile + 1 < end) {
+      if (ends_page) {
+        const int page = PageOf(job, pages, (tile + 1) >> job.page_shift);
+        mask = page != kNoPage ? MaskOf(View(job, lane), page, lane) : nullptr;
+      } else if (mask) {
+        mask += kTileBits;
+      }
+      next = mask ? LoadBits(mask) : Bits{};
+    }
     const Counts own = CountsOf(bits), through = Through(own);
     total[0] = Total(through, 0);
     total[1] = Total(through, 1);
@@ -250,7 +271,11 @@ struct TileOutliers {
     before += all.Sum();
     if (ends_page) {
       before = 0;
-      values += static_cast<int64_t>(capacity) * 8;
+      if (job.attention.call.pages.pool_pages == 0) {
+        values += static_cast<int64_t>(capacity) * 8;
+      } else if (tile + 1 < end) {
+        values = ValuesOf(View(job, lane), PageOf(job, pages, (tile + 1) >> job.page_shift));
+      }
     }
   }
 
@@ -258,11 +283,11 @@ struct TileOutliers {
 
   // Makes records of round `round` of one role of a tile; returns their numbers. Rare: it starts
   // from the mask again, so that tiles with few outliers keep nothing for it.
-  static __device__ __noinline__ Counts MakeRound(const DecodeJob& job, int page0, int tile,
+  static __device__ __noinline__ Counts MakeRound(const DecodeJob& job, int pages, int tile,
                                                   int role, int round, uint32_t key_list,
                                                   uint32_t value_list, int lane) {
     TileOutliers self;
-    self.Start(job, page0, tile, lane);
+    self.Start(job, pages, tile, lane);
     const uint32_t lists[2] = {key_list, value_list};
     Bits bits = self.next;
     const int slot = self.before + Through(CountsOf(bits)).Sum() - 1;
@@ -278,11 +303,11 @@ struct TileOutliers {
   }
 
   // Waits for the records of round `round` of a role; makes them where not all are made at once.
-  __device__ __forceinline__ void Round(const DecodeJob& job, int page0, int tile, int role,
+  __device__ __forceinline__ void Round(const DecodeJob& job, int pages, int tile, int role,
                                         int round, const uint32_t (&lists)[2], int lane) {
     if (!few) {
       __syncwarp();  // the round before is read
-      total[role] = MakeRound(job, page0, tile, role, round, lists[0], lists[1], lane);
+      total[role] = MakeRound(job, pages, tile, role, round, lists[0], lists[1], lane);
     }
     ptx::CopyWait<0>();
     __syncwarp();
