@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from ctypes import byref
+
 import pytest
 import torch
 from torch import Tensor
 
-from hqmq_trt import native, torch_attention, torch_ops
+from hqmq_trt import cuda, native, torch_attention, torch_ops
 from hqmq_trt import page_table as paging
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors, paged_cache_tensors
+from hqmq_trt.native_attention import AttentionParams, AttentionRole
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import Attention, assert_same_caches, bits
 from tests.codec_cases import lengths
@@ -234,3 +237,39 @@ def test_a_forked_sequence_goes_on_as_its_source_would() -> None:
     assert torch.equal(bits(y), bits(attend(case, rest, lengths(39, 39), lengths(30, 11), plain, None)))
     assert pages.table[0, :2].tolist() == pages.table[1, :2].tolist()
     assert pages.table[0, 2] != pages.table[1, 2]
+
+
+@pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built")
+@pytest.mark.parametrize(
+    ("table", "pool_pages", "message"),
+    [
+        (None, 4, "the page table is missing"),
+        (2, 4, "multiple of 4 bytes"),
+        (64, 0, "the pool has no pages"),
+        (64, -1, "pool_pages is negative"),
+        (64, 1 << 30, "beyond what one launch can count"),
+    ],
+)
+def test_the_cuda_library_checks_the_table(table: int | None, pool_pages: int, message: str) -> None:
+    """Before it asks for a GPU or reads any of these pointers."""
+    role = Scheme.parse("hq4@p16").key
+    params, rows = native.role_params(role, 64, 16), native.Rows(64, 1, 0, 0, 0, b"x")
+    cache = native.RoleCache(*[64] * 6)
+    lib, pages = cuda.library(), cuda.Pages(table, pool_pages)
+    code = lib.hqmq_cuda_load_paged(byref(pages), byref(params), 1, 2, 3, 64, 64, 64, byref(cache), byref(rows), None)
+    assert code == 1
+    assert message in lib.hqmq_cuda_last_error().decode()
+    sizes = (1, 2, 1, 3)
+    code = lib.hqmq_cuda_append_paged(
+        byref(pages), byref(params), *sizes, byref(rows), 64, 64, 64, 64, byref(cache), None, None, 0, None
+    )
+    assert code == 1
+    assert message in lib.hqmq_cuda_last_error().decode()
+    attention = AttentionParams(1, 2, 1, 1, 3, 0, 1.0, 0.0)
+    each = AttentionRole(params, rows, 64, 64, None, cache)
+    code = lib.hqmq_cuda_attention_paged(
+        byref(pages), byref(attention), byref(rows), byref(each), byref(each), 64, 64, None, byref(rows), None, None, 0,
+        None,
+    )  # fmt: skip
+    assert code == 1
+    assert message in lib.hqmq_cuda_last_error().decode()

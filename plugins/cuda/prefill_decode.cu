@@ -48,8 +48,8 @@ __device__ __forceinline__ void LaneHadamard(float (&x)[N][4], int chunks, float
   }
 }
 
-// Chunk c of token t of page `page` (PageIndex), page mean added, still rotated. `bit`: of
-// the chunk in `outliers`.
+// Chunk c of token t of a page (PageIndex), page mean added, still rotated. `bit`: of the chunk in
+// `outliers`.
 __device__ __forceinline__ void LoadChunk(const RoleView& view, int64_t page, int h, int t, int c,
                                           int bit, const OutlierScratch& outliers, float out[4]) {
   const RoleParams& role = view.role;

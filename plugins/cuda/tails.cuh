@@ -56,8 +56,7 @@ __device__ __forceinline__ void StoreHalves(uint16_t* to, uint2 halves, bool vec
   }
 }
 
-// A page that fills and has none in the pool, by one thread of those that code it for role 0, head
-// 0.
+// A page that fills and has no place in the pool: by one thread of its first role and head.
 __device__ __forceinline__ void CountNoPage(const AppendJob& job, int page_size) {
   if (job.status) atomicAdd(&job.status->no_page, page_size);
 }

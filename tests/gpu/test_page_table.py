@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-FUSED = ("hq3", "hq4", "k=hq4,v=hq3", "hq3@p16", "hq5@p32")
+FUSED = ("hq3", "hq4", "k=hq4,v=hq3", "paper:s96_r4+med3", "hq3@p16", "hq5@p32")
 """Schemes here that the fused decode kernel takes."""
 SCHEMES = [
     *[("hq3", 128), ("hq4", 128), ("k=hq4,v=hq3", 128), ("paper:s96_r4+med3", 128), ("fp16", 64), ("hq3@p16", 64)],
