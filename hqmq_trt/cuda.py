@@ -9,7 +9,7 @@ counts both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_size_t, c_void_p
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,30 +29,45 @@ BUILD = (
     "build/cuda-release --prefix ."
 )
 
+
+class Pages(Structure):
+    """hqmq_cuda_pages of plugins/cuda/hqmq_cuda.h."""
+
+    _fields_ = [("table", c_void_p), ("pool_pages", c_int32)]
+
+
 _SIZES = [c_int32] * 4
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hqmq_cuda_version": (c_char_p, []),
     "hqmq_cuda_last_error": (c_char_p, []),
     "hqmq_cuda_append_workspace": (c_int, [POINTER(RoleParams), *_SIZES[:3], POINTER(c_size_t)]),
-    "hqmq_cuda_append": (
+    "hqmq_cuda_append_paged": (
         c_int,
         [
-            *[POINTER(RoleParams), *_SIZES, POINTER(Rows), *[c_void_p] * 4],
+            *[POINTER(Pages), POINTER(RoleParams), *_SIZES, POINTER(Rows), *[c_void_p] * 4],
             *[POINTER(RoleCache), c_void_p, c_void_p, c_size_t, c_void_p],
         ],
     ),
-    "hqmq_cuda_load": (
+    "hqmq_cuda_load_paged": (
         c_int,
-        [POINTER(RoleParams), *_SIZES[:3], *[c_void_p] * 3, POINTER(RoleCache), POINTER(Rows), c_void_p],
+        [
+            POINTER(Pages),
+            POINTER(RoleParams),
+            *_SIZES[:3],
+            *[c_void_p] * 3,
+            POINTER(RoleCache),
+            POINTER(Rows),
+            c_void_p,
+        ],
     ),
     "hqmq_cuda_attention_workspace": (
         c_int,
         [POINTER(AttentionParams), POINTER(RoleParams), POINTER(RoleParams), POINTER(c_size_t)],
     ),
-    "hqmq_cuda_attention": (
+    "hqmq_cuda_attention_paged": (
         c_int,
         [
-            *[POINTER(AttentionParams), POINTER(Rows), POINTER(AttentionRole), POINTER(AttentionRole)],
+            *[POINTER(Pages), POINTER(AttentionParams), POINTER(Rows), POINTER(AttentionRole), POINTER(AttentionRole)],
             *[c_void_p, c_void_p, c_void_p, POINTER(Rows), c_void_p, c_void_p, c_size_t, c_void_p],
         ],
     ),
@@ -65,7 +80,7 @@ class Status(NamedTuple):
     not_finite: int
     """New tokens, of a sequence, head and role, that hold NaN, Inf or a value beyond float16."""
     no_page: int
-    """Tokens that found no page in the cache."""
+    """Tokens that found no page: beyond the cache, or of pages that filled without a valid entry of the page table."""
     dropped: int
     """Med3x outliers that found no slot."""
 
@@ -121,6 +136,11 @@ def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
+def _pages(page_table: Tensor | None, cache: Sequence[Tensor]) -> Any:
+    """A pointer to hqmq_cuda_pages, which reads the table when it is used; null without a table."""
+    return None if page_table is None else byref(Pages(page_table.data_ptr(), len(cache[0])))
+
+
 def append(
     x: Tensor,
     past_length: Tensor,
@@ -129,20 +149,26 @@ def append(
     codebook: Sequence[Tensor],
     cache: Sequence[Tensor],
     name: str = "x",
+    page_table: Tensor | None = None,
 ) -> None:
     """HqmqQuantize in place; arguments as hqmq_trt.native.append, all on one GPU.
+
+    page_table: int32 [B, M], with a cache of hqmq_trt.format.paged_cache_tensors (hqmq_trt.page_table).
 
     Raises:
         HqmqError: tensors that do not fit, or a failing CUDA call.
     """
     device, lib = cache[-1].device, library()
-    arguments, keep = native.append_arguments(x, past_length, new_length, role, codebook, cache, name, device)
+    arguments, keep = native.append_arguments(
+        x, past_length, new_length, role, codebook, cache, name, device, page_table
+    )
     bytes_needed = c_size_t()
     _check(lib.hqmq_cuda_append_workspace(*arguments[:4], byref(bytes_needed)))
     with torch.cuda.device_of(cache[-1]):
         workspace = _workspace(bytes_needed.value, device)
         _check(
-            lib.hqmq_cuda_append(
+            lib.hqmq_cuda_append_paged(
+                _pages(page_table, cache),
                 *arguments,
                 _counters(device).data_ptr(),
                 workspace.data_ptr(),
@@ -154,15 +180,22 @@ def append(
 
 
 def load(
-    length: Tensor, role: RoleScheme, codebook: Sequence[Tensor], cache: Sequence[Tensor], dtype: torch.dtype
+    length: Tensor,
+    role: RoleScheme,
+    codebook: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    dtype: torch.dtype,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     """HqmqDequantize; arguments as hqmq_trt.native_attention.load, all on one GPU. Lengths beyond the cache are cut.
+
+    page_table: as in :func:`append`; entries of full pages outside the pool give NaN.
 
     Raises:
         HqmqError: tensors that do not fit, or a failing CUDA call.
     """
     device = cache[-1].device
-    pointers, params, num_pages = native.role_cache(role, cache, device)
+    pointers, params, num_pages = native.role_cache(role, cache, device, page_table)
     batch, heads, _, head_dim = cache[-1].shape
     out = torch.empty(batch, heads, num_pages * params.page_size, head_dim, dtype=dtype, device=device)
     target, out = native.rows(out, "x", device)
@@ -170,7 +203,8 @@ def load(
     books, keep = native.codebook_pointers(role, codebook, heads, device)
     with torch.cuda.device_of(out):
         _check(
-            library().hqmq_cuda_load(
+            library().hqmq_cuda_load_paged(
+                _pages(page_table, cache),
                 byref(params),
                 batch,
                 heads,
@@ -199,15 +233,20 @@ def attend(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     """HqmqAttention in place; arguments as hqmq_trt.native_attention.attend, all on one GPU.
+
+    page_table: as in :func:`append`, of K and V alike. Rows of y that see an entry outside the pool are NaN.
 
     Raises:
         HqmqError: tensors that do not fit, or a failing CUDA call.
     """
     device, lib = caches[0][-1].device, library()
     call = AttentionCall(
-        q, k, v, past_length, new_length, sinks, scheme, codebooks, caches, scale, window, softcap, device
+        *(q, k, v, past_length, new_length, sinks, scheme, codebooks, caches, scale, window, softcap),
+        device=device,
+        page_table=page_table,
     )
     bytes_needed = c_size_t()
     roles = (byref(call.key.role), byref(call.value.role))
@@ -215,7 +254,8 @@ def attend(
     with torch.cuda.device_of(q):
         workspace = _workspace(bytes_needed.value, device)
         _check(
-            lib.hqmq_cuda_attention(
+            lib.hqmq_cuda_attention_paged(
+                _pages(page_table, caches[0]),
                 *call.arguments(),
                 _counters(device).data_ptr(),
                 workspace.data_ptr(),

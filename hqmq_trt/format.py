@@ -105,6 +105,15 @@ def cache_tensors(
     return tuple(tensors)
 
 
+def paged_cache_tensors(
+    role: RoleScheme, page_size: int, head_dim: int, num_kv_heads: int, batch: int, pool_pages: int
+) -> tuple[CacheTensor, ...]:
+    """Tensors of one layer and role whose pages lie in a pool: those of ``pool_pages`` sequences of one page, but for
+    the tail, which the ``batch`` running sequences have. A page table says which pages a sequence has."""
+    *pages, _ = cache_tensors(role, page_size, head_dim, num_kv_heads, pool_pages, 1)
+    return (*pages, cache_tensors(role, page_size, head_dim, num_kv_heads, batch, 1)[-1])
+
+
 def paper_bits(role: RoleScheme, head_dim: int, outlier_share: float = 0.0, with_scale: bool = True) -> float:
     """Bits an element as the paper counts them: fractional index bits, flag and value of the outliers that occur."""
     if not role.packed:

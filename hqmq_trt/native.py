@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.format import FORMAT_VERSION, cache_tensors, words_per_token
+from hqmq_trt.format import FORMAT_VERSION, cache_tensors, paged_cache_tensors, words_per_token
 from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE, REBUILD, library_dir, library_path  # noqa: F401
+from hqmq_trt.page_table import check_table
 from hqmq_trt.scheme import RoleScheme
 
 HOST_LIBRARY = "libhqmq_host.so"
@@ -232,9 +233,11 @@ def rows(x: Tensor, name: str, device: torch.device = CPU) -> tuple[Rows, Tensor
 
 
 def role_cache(
-    role: RoleScheme, cache: Sequence[Tensor], device: torch.device = CPU
+    role: RoleScheme, cache: Sequence[Tensor], device: torch.device = CPU, page_table: Tensor | None = None
 ) -> tuple[RoleCache, RoleParams, int]:
-    """Pointers, parameters and number of pages of a cache in the order of hqmq_trt.format.cache_tensors.
+    """Pointers, parameters and pages of a sequence of a cache in the order of hqmq_trt.format.cache_tensors.
+
+    page_table: int32 [B, M]; the cache then has the tensors of hqmq_trt.format.paged_cache_tensors.
 
     Raises:
         HqmqError: tensors that do not fit the scheme.
@@ -251,8 +254,13 @@ def role_cache(
         )
     if role.packed:
         role.check_head_dim(head_dim)
-    num_pages = codes.shape[2] // page_size
-    specs = cache_tensors(role, page_size, head_dim, heads, batch, num_pages)
+    if page_table is None:
+        num_pages = codes.shape[2] // page_size
+        specs = cache_tensors(role, page_size, head_dim, heads, batch, num_pages)
+    else:
+        check_table(page_table, batch, device)
+        num_pages = page_table.shape[1]
+        specs = paged_cache_tensors(role, page_size, head_dim, heads, batch, len(codes))
     if len(specs) != len(cache):
         names = ", ".join(spec.name for spec in specs)
         raise HqmqError(f"a cache of scheme '{role.name}' takes {names}, not {len(cache)} tensors")
@@ -314,10 +322,11 @@ def append_arguments(
     cache: Sequence[Tensor],
     name: str,
     device: torch.device,
+    page_table: Tensor | None = None,
 ) -> tuple[list[Any], list[object]]:
     """Checked arguments of hqmq_append, from role to cache, and what to keep alive during the call."""
     batch, heads, tail_rows, head_dim = cache[-1].shape
-    pointers, params, num_pages = role_cache(role, cache, device)
+    pointers, params, num_pages = role_cache(role, cache, device, page_table)
     source, x = rows(x, name, device)
     if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
         raise HqmqError(

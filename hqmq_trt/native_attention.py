@@ -152,9 +152,15 @@ def load(
 
 
 def _role(
-    role: RoleScheme, x: Tensor, name: str, codebook: Sequence[Tensor], cache: Sequence[Tensor], device: torch.device
+    role: RoleScheme,
+    x: Tensor,
+    name: str,
+    codebook: Sequence[Tensor],
+    cache: Sequence[Tensor],
+    device: torch.device,
+    page_table: Tensor | None,
 ) -> tuple[AttentionRole, int, list[object]]:
-    pointers, params, num_pages = native.role_cache(role, cache, device)
+    pointers, params, num_pages = native.role_cache(role, cache, device, page_table)
     batch, heads, _, head_dim = cache[-1].shape
     source, x = native.rows(x, name, device)
     if (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
@@ -181,9 +187,12 @@ class AttentionCall:
         window: int,
         softcap: float,
         device: torch.device,
+        page_table: Tensor | None = None,
     ) -> None:
-        self.key, key_pages, keep_key = _role(scheme.key, k, "k", codebooks[0], caches[0], device)
-        self.value, value_pages, keep_value = _role(scheme.value, v, "v", codebooks[1], caches[1], device)
+        self.key, key_pages, keep_key = _role(scheme.key, k, "k", codebooks[0], caches[0], device, page_table)
+        self.value, value_pages, keep_value = _role(scheme.value, v, "v", codebooks[1], caches[1], device, page_table)
+        if page_table is not None and len(caches[0][0]) != len(caches[1][0]):
+            raise HqmqError("the pools of the key and the value cache differ in pages")
         batch, heads, tokens, head_dim = k.shape
         if key_pages != value_pages or v.shape != k.shape:
             raise HqmqError(f"k {list(k.shape)} and v {list(v.shape)}, or the sizes of their caches, differ")

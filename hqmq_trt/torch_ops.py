@@ -8,7 +8,9 @@ hqmq::attention, attention_     page-causal attention of q [B, Hq, T, D] over a 
 
 Arguments are those of hqmq_trt.contract. ``scheme`` is Scheme.name; ``codebook`` is ``[secondaries, levels]`` or
 ``[]`` for fp16, ``codebooks`` K's followed by V's; a cache is the list of hqmq_trt.format.cache_tensors, key before
-value. ``rotate=False``: the Hadamard rotation already sits in the model's weights.
+value. ``rotate=False``: the Hadamard rotation already sits in the model's weights. ``page_table``, int32 [B, M], of the
+operators that write in place and of dequantize: the page tensors are those of a pool (hqmq_trt.page_table); on the CPU
+they are copied for the call.
 
 CPU tensors go through the native library, CUDA tensors through the CUDA library (hqmq_trt.cuda); where that is not
 built, a call raises HqmqError with the command that builds it. HQMQ_TORCH_CUDA=1 in the environment asks for the slow
@@ -23,19 +25,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as memoize
-from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from hqmq_trt import cuda, native_attention, torch_attention
+from hqmq_trt import cuda, native_attention, operator_checks, torch_attention
+from hqmq_trt import page_table as paging
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors
 from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
 
 TORCH_CUDA_VARIABLE = "HQMQ_TORCH_CUDA"
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _SCHEMAS = {
     "quantize": (
@@ -44,11 +45,11 @@ _SCHEMAS = {
     ),
     "quantize_": (
         "(Tensor x, Tensor past_length, Tensor new_length, Tensor[] codebook, Tensor(a!)[] cache, str scheme, "
-        "str role, bool rotate=True) -> ()"
+        "str role, bool rotate=True, Tensor? page_table=None) -> ()"
     ),
     "dequantize": (
-        "(Tensor length, Tensor[] codebook, Tensor[] cache, str scheme, str role, ScalarType dtype, bool rotate=True) "
-        "-> Tensor"
+        "(Tensor length, Tensor[] codebook, Tensor[] cache, str scheme, str role, ScalarType dtype, bool rotate=True, "
+        "Tensor? page_table=None) -> Tensor"
     ),
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor past_length, Tensor new_length, Tensor? sinks, Tensor[] codebooks, "
@@ -56,8 +57,8 @@ _SCHEMAS = {
     ),
     "attention_": (
         "(Tensor q, Tensor k, Tensor v, Tensor past_length, Tensor new_length, Tensor? sinks, Tensor[] codebooks, "
-        "Tensor(a!)[] cache, str scheme, float scale, int window=0, float softcap=0.0, bool rotate_value=True) "
-        "-> Tensor"
+        "Tensor(a!)[] cache, str scheme, float scale, int window=0, float softcap=0.0, bool rotate_value=True, "
+        "Tensor? page_table=None) -> Tensor"
     ),
 }
 
@@ -86,13 +87,6 @@ def tensor_names(role: RoleScheme) -> tuple[str, ...]:
     return tuple(spec.name for spec in cache_tensors(role, 8, 16, 1, 1, 1))
 
 
-@lru_cache(maxsize=256)
-def _expected(role: RoleScheme, page_size: int, *sizes: int) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-    """Name, shape and dtype of each cache tensor for (head_dim, heads, batch, pages)."""
-    specs = cache_tensors(role, page_size, *sizes)
-    return tuple((spec.name, spec.shape, getattr(torch, spec.dtype)) for spec in specs)
-
-
 def _split(scheme: Scheme, codebooks: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[list[Tensor]], ...]:
     """Codebooks and cache tensors by role: ([of K, of V], [of K, of V])."""
     books, caches = list(codebooks), list(tensors)
@@ -100,101 +94,18 @@ def _split(scheme: Scheme, codebooks: Sequence[Tensor], tensors: Sequence[Tensor
     return [books[:key_books], books[key_books:]], [caches[:key_tensors], caches[key_tensors:]]
 
 
-def _check_cache(role: RoleScheme, page_size: int, name: str, codebook: list[Tensor], tensors: list[Tensor]) -> None:
-    """Counts, dtypes and shapes of one role's cache and codebook."""
-    names = tensor_names(role)
-    if len(tensors) != len(names):
-        raise HqmqError(f"{name} cache of scheme '{role.name}' takes {', '.join(names)}, not {len(tensors)} tensors")
-    if len(codebook) != 2 * role.packed:
-        raise HqmqError(
-            f"{name} codebook of scheme '{role.name}' takes {'secondaries, levels' if role.packed else 'nothing'}, "
-            f"not {len(codebook)} tensors"
-        )
-    codes, tail = tensors[0], tensors[-1]
-    tail_rows = page_size + role.sink_tokens
-    if tail.dim() != 4 or tail.shape[2] != tail_rows:
-        raise HqmqError(f"{name} tail {list(tail.shape)} does not fit [B, H, {tail_rows}, D] of scheme '{role.name}'")
-    batch, heads, _, head_dim = tail.shape
-    if role.packed:
-        role.check_head_dim(head_dim)
-    rows = codes.shape[2] if codes.dim() == 4 else -1
-    if rows % page_size:
-        raise HqmqError(f"{name} codes {list(codes.shape)} do not hold whole pages of {page_size} tokens")
-    shapes = _expected(role, page_size, head_dim, heads, batch, rows // page_size)
-    for (what, shape, dtype), tensor in zip(shapes, tensors, strict=True):
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise HqmqError(
-                f"{name} {what} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} for scheme "
-                f"'{role.name}'"
-            )
-        if not tensor.is_contiguous():
-            raise HqmqError(f"{name} {what} is not contiguous; pass tensor.contiguous()")
-    if role.packed:
-        expected = ((heads, role.secondaries, 4), (2**role.radius_bits,))
-        for what, tensor, shape in zip(("secondaries", "levels"), codebook, expected, strict=True):
-            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-                raise HqmqError(
-                    f"{name} {what} are {tensor.dtype} {list(tensor.shape)}, expected torch.float32 {list(shape)}; "
-                    "make them with hqmq_trt.codebooks"
-                )
-
-
-def _check_lengths(length: Tensor, batch: int, what: str) -> list[int]:
-    if length.dtype != torch.int32 or tuple(length.shape) != (batch,):
-        raise HqmqError(f"{what} is {length.dtype} {list(length.shape)}, expected torch.int32 [{batch}]")
-    if _capturing(length):
-        return []
-    values: list[int] = length.tolist()
-    if any(value < 0 for value in values):
-        raise HqmqError(f"{what} {values} holds a negative length")
-    return values
-
-
-def _check_append(x: Tensor, name: str, past_length: Tensor, new_length: Tensor, tensors: list[Tensor]) -> None:
-    """dtype, shape and lengths of an append."""
-    batch, heads, _, head_dim = tensors[-1].shape
-    if x.dtype not in _FLOATS:
-        raise HqmqError(f"{name} is {x.dtype}; convert it to float32, float16 or bfloat16")
-    if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, heads, head_dim):
-        raise HqmqError(f"{name} {list(x.shape)} does not fit its cache: expected [{batch}, {heads}, T, {head_dim}]")
-    _check_lengths(past_length, batch, "past_length")
-    new = _check_lengths(new_length, batch, "new_length")
-    if max(new, default=0) > x.shape[2]:
-        raise HqmqError(f"new_length {new} exceeds the {x.shape[2]} rows of {name}")
-
-
-def _check_values(x: Tensor, name: str, past_length: Tensor, new_length: Tensor, tensors: list[Tensor]) -> None:
-    """What the native library checks itself, for other kernels: room in the cache, finite values."""
-    if _capturing(x):
-        return
-    past, new = past_length.tolist(), new_length.tolist()
-    for b, (before, added) in enumerate(zip(past, new, strict=True)):
-        if before + added > tensors[0].shape[2]:
-            raise HqmqError(
-                f"cache too small: sequence {b} needs {before + added} tokens, the cache holds {tensors[0].shape[2]}; "
-                "make it with more pages (max_length)"
-            )
-    row = torch.arange(x.shape[2], device=x.device)
-    # fp16 is what a page starts from: a value beyond its range would become Inf there.
-    bad = (~x.half().isfinite()).any(3).any(1) & (row < new_length[:, None])
-    if bad.any():
-        b, t = (int(i) for i in bad.nonzero()[0])
-        raise HqmqError(
-            f"{name} of sequence {b}, token {past[b] + t} holds NaN, Inf or a value beyond float16's 65504; "
-            "check the model's weights and dtype"
-        )
-
-
-def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: then nothing may wait for the GPU."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _kernels(x: Tensor) -> ModuleType:
     """The module whose append, load and attend serve the device of `x`."""
     if x.device.type == "cpu":
         return native_attention
     return cuda if x.is_cuda and os.environ.get(TORCH_CUDA_VARIABLE) != "1" else torch_attention
+
+
+def _check_takes_pages(kernels: ModuleType, page_table: Tensor) -> None:
+    if kernels is torch_attention:
+        raise HqmqError(
+            f"the plain-torch kernels on {page_table.device} take no page_table; the CPU and the CUDA library do"
+        )
 
 
 def _quantize_(
@@ -206,16 +117,29 @@ def _quantize_(
     scheme: str,
     role: str,
     rotate: bool = True,
+    page_table: Tensor | None = None,
 ) -> None:
     codec, page_size = _role(scheme, role, rotate)
-    _check_cache(codec, page_size, role, codebook, cache)
-    _check_append(x, role, past_length, new_length, cache)
+    operator_checks.check_cache(codec, page_size, role, codebook, cache, page_table)
+    operator_checks.check_append(x, role, past_length, new_length, cache)
     kernels = _kernels(x)
-    if kernels is native_attention:
+    if kernels is not native_attention:
+        operator_checks.check_values(x, role, past_length, new_length, cache, page_table)
+    filled: list[range] = []
+    if page_table is not None:
+        _check_takes_pages(kernels, page_table)
+        if not operator_checks.capturing(x):
+            filled = paging.pages_that_fill(past_length.tolist(), new_length.tolist(), page_size)
+            paging.check_entries(page_table, len(cache[0]), filled)
+    if kernels is cuda:
+        cuda.append(x, past_length, new_length, codec, codebook, cache, page_table=page_table)
+    elif kernels is torch_attention:
+        torch_attention.append(x, past_length, new_length, codec, codebook, cache)
+    elif page_table is None:
         native_attention.append(x, past_length, new_length, codec, codebook, cache, name=role)
     else:
-        _check_values(x, role, past_length, new_length, cache)
-        kernels.append(x, past_length, new_length, codec, codebook, cache)
+        with paging.contiguous([cache], page_table, filled) as (held,):
+            native_attention.append(x, past_length, new_length, codec, codebook, held, name=role)
 
 
 def _quantize(
@@ -241,15 +165,26 @@ def _dequantize(
     role: str,
     dtype: torch.dtype,
     rotate: bool = True,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     codec, page_size = _role(scheme, role, rotate)
-    _check_cache(codec, page_size, role, codebook, cache)
-    if dtype not in _FLOATS:
+    operator_checks.check_cache(codec, page_size, role, codebook, cache, page_table)
+    if dtype not in operator_checks.FLOATS:
         raise HqmqError(f"dtype {dtype}: dequantize to float32, float16 or bfloat16")
-    held = _check_lengths(length, cache[-1].shape[0], "length")
-    if max(held, default=0) > cache[0].shape[2]:
-        raise HqmqError(f"length {held} exceeds the {cache[0].shape[2]} tokens of the {role} cache")
-    out: Tensor = _kernels(cache[0]).load(length, codec, codebook, cache, dtype)
+    held = operator_checks.check_lengths(length, cache[-1].shape[0], "length")
+    tokens = cache[0].shape[2] if page_table is None else page_size * page_table.shape[1]
+    if max(held, default=0) > tokens:
+        raise HqmqError(f"length {held} exceeds the {tokens} tokens of the {role} cache")
+    kernels = _kernels(cache[0])
+    if page_table is not None:
+        _check_takes_pages(kernels, page_table)
+        if held:
+            full = [range(n // page_size) for n in held]
+            paging.check_entries(page_table, len(cache[0]), full)
+        if kernels is cuda:
+            return cuda.load(length, codec, codebook, cache, dtype, page_table)
+        cache = paging.gather(cache, page_table)
+    out: Tensor = kernels.load(length, codec, codebook, cache, dtype)
     return out
 
 
@@ -267,15 +202,16 @@ def _attention_(
     window: int = 0,
     softcap: float = 0.0,
     rotate_value: bool = True,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     codec = _scheme(scheme, True, rotate_value)
     books, caches = _split(codec, codebooks, cache)
     for name, x, book, tensors in zip(ROLES, (k, v), books, caches, strict=True):
-        _check_cache(codec.role(name), codec.page_size, name, book, tensors)
-        _check_append(x, name, past_length, new_length, tensors)
+        operator_checks.check_cache(codec.role(name), codec.page_size, name, book, tensors, page_table)
+        operator_checks.check_append(x, name, past_length, new_length, tensors)
     if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
         raise HqmqError(f"k {k.dtype} {list(k.shape)} and v {v.dtype} {list(v.shape)} do not belong together")
-    if caches[0][0].shape[2] != caches[1][0].shape[2]:
+    if caches[0][0].shape[0] != caches[1][0].shape[0] or caches[0][0].shape[2] != caches[1][0].shape[2]:
         raise HqmqError("key and value cache differ in capacity")
     if q.dim() != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or q.shape[1] % k.shape[1]:
         raise HqmqError(f"q {list(q.shape)} does not fit k {list(k.shape)}: expected [B, n*H, T, D]")
@@ -288,8 +224,22 @@ def _attention_(
     kernels = _kernels(q)
     if kernels is not native_attention:
         for name, x, tensors in zip(ROLES, (k, v), caches, strict=True):
-            _check_values(x, name, past_length, new_length, tensors)
-    out: Tensor = kernels.attend(q, k, v, past_length, new_length, sinks, codec, books, caches, scale, window, softcap)
+            operator_checks.check_values(x, name, past_length, new_length, tensors, page_table)
+    filled: list[range] = []
+    if page_table is not None:
+        _check_takes_pages(kernels, page_table)
+        if not operator_checks.capturing(q):
+            past, new = past_length.tolist(), new_length.tolist()
+            filled = paging.pages_that_fill(past, new, codec.page_size)
+            for pages in (filled, paging.pages_that_are_read(past, new, codec.page_size, window)):
+                paging.check_entries(page_table, len(caches[0][0]), pages)
+    inputs = (q, k, v, past_length, new_length, sinks, codec, books)
+    if kernels is cuda:
+        return cuda.attend(*inputs, caches, scale, window, softcap, page_table)
+    if page_table is not None:
+        with paging.contiguous(caches, page_table, filled) as held:
+            return native_attention.attend(*inputs, held, scale, window, softcap)
+    out: Tensor = kernels.attend(*inputs, caches, scale, window, softcap)
     return out
 
 
@@ -344,10 +294,12 @@ def _fake_dequantize(
     role: str,
     dtype: torch.dtype,
     rotate: bool = True,
+    page_table: Tensor | None = None,
 ) -> Tensor:
     _role(scheme, role, rotate)
     codes, tail = cache[0], cache[-1]
-    return tail.new_empty((tail.shape[0], tail.shape[1], codes.shape[2], tail.shape[3]), dtype=dtype)
+    rows = codes.shape[2] if page_table is None else codes.shape[2] * page_table.shape[1]
+    return tail.new_empty((tail.shape[0], tail.shape[1], rows, tail.shape[3]), dtype=dtype)
 
 
 def _fake_attention_(

@@ -54,10 +54,11 @@ inline __device__ __noinline__ void LoadSinks(const RoleView& view, Span span, i
 // Tokens first…first+count-1 of a coded page → tile, rotated as codes are. Page 0 is full when it
 // is read so, and its first tile has all sink_tokens.
 __device__ __forceinline__ void LoadCodedTile(const RoleView& view, const Span& span, int b, int h,
-                                              int64_t lane, int num_pages, int first, int count,
+                                              int64_t lane, const Call& call, int first, int count,
                                               float* tile, int stride, OutlierScratch* scratch) {
   const int p = view.role.page_size;
-  DecodeTile<false>(view, lane * num_pages + first / p, h, first % p, count, tile, stride, scratch);
+  const int page = PageIndex(call, b, h, first / p);
+  DecodeTile<false>(view, page, h, first % p, count, tile, stride, scratch);
   if (first >= view.role.sink_tokens) return;
   __syncthreads();
   LoadSinks(view, span, b, h, lane, tile, stride);
@@ -261,8 +262,7 @@ __global__ void __launch_bounds__(kAttentionThreads, R == 1   ? 4
       if (own) {
         LoadExactTile(job.key, span, b, h, lane, first, step, tile, stride);
       } else {
-        LoadCodedTile(job.key, span, b, h, lane, job.call.num_pages, first, step, tile, stride,
-                      &outliers);
+        LoadCodedTile(job.key, span, b, h, lane, job.call, first, step, tile, stride, &outliers);
       }
       __syncthreads();
       const int sees = ScoreTile(job, own, first, step, tile, stride, q, weights, warp_lane, &rows);
@@ -270,8 +270,7 @@ __global__ void __launch_bounds__(kAttentionThreads, R == 1   ? 4
       if (own) {
         LoadExactTile(job.value, span, b, h, lane, first, step, tile, stride);
       } else {
-        LoadCodedTile(job.value, span, b, h, lane, job.call.num_pages, first, step, tile, stride,
-                      &outliers);
+        LoadCodedTile(job.value, span, b, h, lane, job.call, first, step, tile, stride, &outliers);
       }
       __syncthreads();
       if (sees == 1) AddTile<true>(tile, stride, step, d, weights, warp_lane, &rows);

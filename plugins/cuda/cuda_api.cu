@@ -1,10 +1,9 @@
 // The C interface: checks arguments on the host, then enqueues.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
+#include "arguments.h"
 #include "decode_job.h"
-#include "host/append.h"
 #include "prefill.h"
 
 namespace hqmq {
@@ -25,96 +24,7 @@ int Report(const Status& status) {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = 0x7FFFFFFF;
-
 std::atomic<bool> plain_only{false};
-
-Status CheckCudaRole(const RoleParams& role) {
-  if (Status status = CheckRole(role); !status.ok()) return status;
-  if (role.head_dim > kMaxHeadDim || role.head_dim % 4) {
-    return Invalid("the GPU kernels take head_dim in multiples of 4 up to 256, not " +
-                   std::to_string(role.head_dim));
-  }
-  return {};
-}
-
-RoleParams FromC(const hqmq_role_params& role) {
-  RoleParams out;
-  memcpy(&out, &role, sizeof(out));
-  if (out.storage == Storage::kFp16) out.hadamard = out.page_mean = out.outlier_capacity = 0;
-  return out;
-}
-
-Rows FromC(const hqmq_rows& x) {
-  return {const_cast<void*>(x.data), x.dtype, x.batch_stride, x.head_stride, x.token_stride};
-}
-
-bool Misaligned(const void* pointer, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes != 0;
-}
-
-Status CheckSizes(int batch, int heads, int tokens, int num_pages, int page_size) {
-  if (batch < 0 || heads < 0 || tokens < 0 || num_pages < 0) return Invalid("a size is negative");
-  const int64_t lanes = static_cast<int64_t>(batch) * heads;
-  if (lanes > kMostBlocks / 2048 || tokens > kMostBlocks / 2048 ||
-      lanes * (static_cast<int64_t>(tokens) + 1) > kMostBlocks || lanes * num_pages > kMostBlocks ||
-      static_cast<int64_t>(num_pages) * page_size + tokens > kMostBlocks) {
-    return Invalid("batch, heads, tokens or pages are beyond what one launch can count");
-  }
-  return {};
-}
-
-Status CheckRows(const Rows& x, const char* name, bool wanted) {
-  if (x.dtype < HQMQ_FLOAT32 || x.dtype > HQMQ_BFLOAT16)
-    return Invalid(std::string("unknown dtype of ") + name);
-  if (wanted && !x.data) return Invalid(std::string(name) + " is missing");
-  return {};
-}
-
-// `empty`: no sequence or head, so that no tensor is needed.
-Status MakeView(const hqmq_role_params& params, const hqmq_role_cache& cache,
-                const float* secondaries, const float* levels, const hqmq_rows& x, int num_pages,
-                bool empty, RoleView* view) {
-  *view = {};
-  view->role = FromC(params);
-  const RoleParams& role = view->role;
-  if (Status status = CheckCudaRole(role); !status.ok()) return status;
-  view->layout = MakeLayout(role);
-  view->mask_words = MaskWords(role);
-  view->hadamard_scale = HadamardScale(role.head_dim);
-  memcpy(&view->cache, &cache, sizeof(view->cache));
-  view->secondaries = secondaries;
-  view->levels = levels;
-  view->x = FromC(x);
-  if (empty) return {};
-  const bool packed = role.storage == Storage::kHqmq;
-  if (!cache.tail || (!cache.codes && num_pages > 0))
-    return Invalid("cache tensor codes or tail is missing");
-  if (packed && (!secondaries || !levels))
-    return Invalid("the codebook (secondaries, levels) is missing");
-  if (packed && num_pages > 0 &&
-      (!cache.scales || (role.page_mean && !cache.mean) ||
-       (role.outlier_capacity > 0 && (!cache.outlier_mask || !cache.outlier_value)))) {
-    return Invalid("cache tensor scales, mean, outlier_mask or outlier_value is missing");
-  }
-  if (Misaligned(secondaries, 16) || Misaligned(cache.outlier_value, 8) ||
-      Misaligned(cache.codes, 4)) {
-    return Invalid("secondaries, outlier_value or codes do not lie at multiples of 16, 8, 4 bytes");
-  }
-  return {};
-}
-
-size_t AlignedBytes(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-Status CheckWorkspace(const void* workspace, size_t bytes, size_t needed) {
-  if (bytes < needed || (needed && !workspace)) {
-    return Invalid("the workspace holds " + std::to_string(bytes) + " bytes and " +
-                   std::to_string(needed) + " are needed; ask the _workspace function");
-  }
-  if (needed && Misaligned(workspace, 16))
-    return Invalid("the workspace does not lie at a multiple of 16 bytes");
-  return {};
-}
 
 // Workspace: scratch of K, of V, then what one of the kernels needs; which depends on more than
 // sizes.
@@ -158,7 +68,7 @@ Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key
   const int64_t rows = static_cast<int64_t>(params.group) * params.tokens;
   if (params.group > 4096 || lanes * rows > kMostBlocks)
     return Invalid("query rows are beyond what one launch can count");
-  job.call = {params.batch, params.heads, params.tokens, params.num_pages, nullptr, nullptr};
+  job.call = {params.batch, params.heads, params.tokens, params.num_pages, nullptr, nullptr, {}};
   job.scale = params.scale;
   job.softcap = params.softcap;
   job.window = params.window;
@@ -266,11 +176,24 @@ int hqmq_cuda_append(const hqmq_role_params* role, int32_t batch, int32_t heads,
                      const int32_t* new_length, const float* secondaries, const float* levels,
                      const hqmq_role_cache* cache, hqmq_cuda_status* status, void* workspace,
                      size_t workspace_bytes, void* stream) {
+  return hqmq_cuda_append_paged(nullptr, role, batch, heads, tokens, num_pages, x, past_length,
+                                new_length, secondaries, levels, cache, status, workspace,
+                                workspace_bytes, stream);
+}
+
+int hqmq_cuda_append_paged(const hqmq_cuda_pages* pages, const hqmq_role_params* role,
+                           int32_t batch, int32_t heads, int32_t tokens, int32_t num_pages,
+                           const hqmq_rows* x, const int32_t* past_length,
+                           const int32_t* new_length, const float* secondaries, const float* levels,
+                           const hqmq_role_cache* cache, hqmq_cuda_status* status, void* workspace,
+                           size_t workspace_bytes, void* stream) {
   return Guard([&]() -> Status {
     if (!role || !x || !cache) return Invalid("role, x or cache is missing");
     if (Status bad = CheckSizes(batch, heads, tokens, num_pages, role->page_size); !bad.ok())
       return bad;
     const int64_t lanes = static_cast<int64_t>(batch) * heads;
+    PageTable table;
+    if (Status bad = CheckPages(pages, lanes, heads, num_pages, &table); !bad.ok()) return bad;
     cuda::AppendJob job = {};
     if (Status bad =
             MakeView(*role, *cache, secondaries, levels, *x, num_pages, lanes == 0, &job.view[0]);
@@ -284,7 +207,7 @@ int hqmq_cuda_append(const hqmq_role_params* role, int32_t batch, int32_t heads,
     if (Status bad = CheckWorkspace(workspace, workspace_bytes, needed); !bad.ok()) return bad;
     job.roles = 1;
     job.scratch[0] = static_cast<float*>(workspace);
-    job.call = {batch, heads, tokens, num_pages, past_length, new_length};
+    job.call = {batch, heads, tokens, num_pages, past_length, new_length, table};
     job.status = status;
     const auto on = static_cast<cudaStream_t>(stream);
     const Status encoded = EncodePages(job, on);
@@ -295,11 +218,24 @@ int hqmq_cuda_append(const hqmq_role_params* role, int32_t batch, int32_t heads,
 int hqmq_cuda_load(const hqmq_role_params* role, int32_t batch, int32_t heads, int32_t num_pages,
                    const int32_t* length, const float* secondaries, const float* levels,
                    const hqmq_role_cache* cache, const hqmq_rows* x, void* stream) {
+  return hqmq_cuda_load_paged(nullptr, role, batch, heads, num_pages, length, secondaries, levels,
+                              cache, x, stream);
+}
+
+int hqmq_cuda_load_paged(const hqmq_cuda_pages* pages, const hqmq_role_params* role, int32_t batch,
+                         int32_t heads, int32_t num_pages, const int32_t* length,
+                         const float* secondaries, const float* levels,
+                         const hqmq_role_cache* cache, const hqmq_rows* x, void* stream) {
   return Guard([&]() -> Status {
     if (!role || !x || !cache) return Invalid("role, x or cache is missing");
     if (Status bad = CheckSizes(batch, heads, 0, num_pages, role->page_size); !bad.ok()) return bad;
     const bool empty = !batch || !heads || !num_pages;
     LoadJob job = {};
+    if (Status bad = CheckPages(pages, static_cast<int64_t>(batch) * heads, heads, num_pages,
+                                &job.call.pages);
+        !bad.ok()) {
+      return bad;
+    }
     if (Status bad = MakeView(*role, *cache, secondaries, levels, *x, num_pages, empty, &job.view);
         !bad.ok()) {
       return bad;
@@ -307,10 +243,11 @@ int hqmq_cuda_load(const hqmq_role_params* role, int32_t batch, int32_t heads, i
     if (Status bad = CheckRows(job.view.x, "x", !empty); !bad.ok()) return bad;
     if (empty) return {};
     if (!length) return Invalid("length is missing");
-    job.heads = heads;
-    job.num_pages = num_pages;
-    job.length = length;
-    return Load(job, batch, static_cast<cudaStream_t>(stream));
+    job.call.batch = batch;
+    job.call.heads = heads;
+    job.call.num_pages = num_pages;
+    job.call.past_length = length;
+    return Load(job, static_cast<cudaStream_t>(stream));
   });
 }
 
@@ -373,11 +310,27 @@ int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                         const int32_t* past_length, const int32_t* new_length, const float* sinks,
                         const hqmq_rows* y, hqmq_cuda_status* status, void* workspace,
                         size_t workspace_bytes, void* stream) {
+  return hqmq_cuda_attention_paged(nullptr, params, q, key, value, past_length, new_length, sinks,
+                                   y, status, workspace, workspace_bytes, stream);
+}
+
+int hqmq_cuda_attention_paged(const hqmq_cuda_pages* pages, const hqmq_attention_params* params,
+                              const hqmq_rows* q, const hqmq_attention_role* key,
+                              const hqmq_attention_role* value, const int32_t* past_length,
+                              const int32_t* new_length, const float* sinks, const hqmq_rows* y,
+                              hqmq_cuda_status* status, void* workspace, size_t workspace_bytes,
+                              void* stream) {
   return Guard([&]() -> Status {
     if (!params || !q || !key || !value || !y)
       return Invalid("params, q, key, value or y is missing");
     AttentionPlan plan;
     if (Status bad = MakePlan(*params, key->role, value->role, &plan); !bad.ok()) return bad;
+    const int64_t lanes = static_cast<int64_t>(params->batch) * params->heads;
+    if (Status bad =
+            CheckPages(pages, lanes, params->heads, params->num_pages, &plan.job.call.pages);
+        !bad.ok()) {
+      return bad;
+    }
     plan.job.q = cuda::FromC(*q);
     plan.job.y = cuda::FromC(*y);
     const bool empty = plan.block_rows == 0;

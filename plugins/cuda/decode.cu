@@ -13,7 +13,10 @@ namespace cuda {
 namespace {
 
 struct Instance {
-  int code_bits[2], index_bits[2], head_dim, columns;  // K, V
+  int code_bits[2], index_bits[2], words[2];  // of K, V; words of their tables
+  int head_dim, columns;
+  bool page_means;  // it takes K with page means, too
+  bool outliers;    // both roles have them, or none
   bool shared_states;
   int (*stages)(int shared_limit);
   Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
@@ -24,38 +27,79 @@ constexpr Instance Make() {
   using I = DecodeInstance<Key, Value, D, kColumns>;
   return {{Key::kCodeBits, Value::kCodeBits},
           {Key::kIndexBits, Value::kIndexBits},
+          {Key::kWords, Value::kWords},
           D,
           kColumns,
+          Key::kPageMeans,
+          Key::kOutliers,
           I::kSharedStates,
           I::Stages,
           I::Run};
 }
 
+// The first one that fits runs.
 constexpr Instance kInstances[] = {
-    Make<Codec12, Codec12, 64, 4>(),          Make<Codec12, Codec12, 64, 8>(),
-    Make<Codec12, Codec12, 128, 4>(),         Make<Codec12, Codec12, 128, 8>(),
-    Make<Codec12, Codec12, 256, 4>(),         Make<Codec12, Codec12, 256, 8>(),
-    Make<Codec14<16>, Codec14<16>, 64, 4>(),  Make<Codec14<16>, Codec14<16>, 64, 8>(),
-    Make<Codec14<16>, Codec14<16>, 128, 4>(), Make<Codec14<16>, Codec14<16>, 128, 8>(),
-    Make<Codec14<8>, Codec14<8>, 256, 4>(),   Make<Codec14<8>, Codec14<8>, 256, 8>(),
-    Make<Codec20, Codec20, 64, 4>(),          Make<Codec20, Codec20, 64, 8>(),
-    Make<Codec20, Codec20, 128, 4>(),         Make<Codec20, Codec20, 128, 8>(),
-    Make<Codec20, Codec20, 256, 4>(),         Make<Codec20, Codec20, 256, 8>(),
-    Make<Codec16<8>, Codec16<8>, 64, 4>(),    Make<Codec16<8>, Codec16<8>, 64, 8>(),
-    Make<Codec16<8>, Codec16<8>, 128, 4>(),   Make<Codec16<8>, Codec16<8>, 128, 8>(),
-    Make<Codec16<2>, Codec16<2>, 256, 4>(),   Make<Codec16<2>, Codec16<2>, 256, 8>(),
-    Make<Codec16<4>, Codec12, 128, 4>(),      Make<Codec16<4>, Codec12, 128, 8>(),
+    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 4>(),
+    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 8>(),
+    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 128, 4>(),
+    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 128, 8>(),
+    Make<SmallCodec16<2, false>, SmallCodec16<2, false>, 256, 4>(),
+    Make<SmallCodec16<2, false>, SmallCodec16<2, false>, 256, 8>(),
+    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 64, 4>(),
+    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 64, 8>(),
+    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 128, 4>(),
+    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 128, 8>(),
+    Make<SmallCodec16<2, true>, SmallCodec16<2, true>, 256, 4>(),
+    Make<SmallCodec16<2, true>, SmallCodec16<2, true>, 256, 8>(),
+    Make<Codec12, Codec12, 64, 4>(),
+    Make<Codec12, Codec12, 64, 8>(),
+    Make<Codec12, Codec12, 128, 4>(),
+    Make<Codec12, Codec12, 128, 8>(),
+    Make<Codec12, Codec12, 256, 4>(),
+    Make<Codec12, Codec12, 256, 8>(),
+    Make<Codec14<16>, Codec14<16>, 64, 4>(),
+    Make<Codec14<16>, Codec14<16>, 64, 8>(),
+    Make<Codec14<16>, Codec14<16>, 128, 4>(),
+    Make<Codec14<16>, Codec14<16>, 128, 8>(),
+    Make<Codec14<8>, Codec14<8>, 256, 4>(),
+    Make<Codec14<8>, Codec14<8>, 256, 8>(),
+    Make<Codec20, Codec20, 64, 4>(),
+    Make<Codec20, Codec20, 64, 8>(),
+    Make<Codec20, Codec20, 128, 4>(),
+    Make<Codec20, Codec20, 128, 8>(),
+    Make<Codec20, Codec20, 256, 4>(),
+    Make<Codec20, Codec20, 256, 8>(),
+    Make<Codec16<8>, Codec16<8>, 64, 4>(),
+    Make<Codec16<8>, Codec16<8>, 64, 8>(),
+    Make<Codec16<8>, Codec16<8>, 128, 4>(),
+    Make<Codec16<8>, Codec16<8>, 128, 8>(),
+    Make<Codec16<2>, Codec16<2>, 256, 4>(),
+    Make<Codec16<2>, Codec16<2>, 256, 8>(),
+    Make<Codec16<4>, Codec12, 128, 4>(),
+    Make<Codec16<4>, Codec12, 128, 8>(),
+    Make<Codec16<4>, Codec14<8>, 64, 4>(),
+    Make<Codec16<4>, Codec14<8>, 64, 8>(),
+    Make<Codec16<4>, Codec14<8>, 128, 4>(),
+    Make<Codec16<4>, Codec14<8>, 128, 8>(),
+    Make<Codec16<2>, Codec14<8>, 256, 4>(),
+    Make<Codec16<2>, Codec14<8>, 256, 8>(),
+    Make<Codec14<8>, Codec12, 128, 4>(),
+    Make<Codec14<8>, Codec12, 128, 8>(),
 };
 
 const Instance* FindInstance(const AttentionJob& job) {
   const Layout key = MakeLayout(job.key.role), value = MakeLayout(job.value.role);
   const int columns = DecodeColumns(job.group * job.call.tokens);
   for (const Instance& instance : kInstances) {
-    bool fits = instance.head_dim == job.key.role.head_dim && instance.columns == columns;
+    bool fits = instance.head_dim == job.key.role.head_dim && instance.columns == columns &&
+                instance.outliers == (job.key.role.outlier_capacity > 0) &&
+                (instance.page_means || !job.key.role.page_mean);
     for (int i = 0; i < 2; ++i) {
       const Layout& layout = i ? value : key;
+      const RoleParams& role = i ? job.value.role : job.key.role;
       fits = fits && layout.code_bits == instance.code_bits[i] &&
-             layout.index_bits == instance.index_bits[i];
+             layout.index_bits == instance.index_bits[i] &&
+             12 * role.secondaries <= instance.words[i];
     }
     if (fits) return &instance;
   }
@@ -84,7 +128,9 @@ bool Refuse(std::string* why, const char* text) {
   return false;
 }
 
-bool IsAligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+bool IsAligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 }  // namespace
 
@@ -94,15 +140,22 @@ bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
   for (const RoleParams* role : {&job.key.role, &job.value.role}) {
     if (role->storage != Storage::kHqmq) return Refuse(why, "storage fp16 has no codes");
     if (role->page_size < kDecodeTile) return Refuse(why, "pages have fewer than 16 tokens");
-    if (role->outlier_capacity > 0) return Refuse(why, "a role has Med3x outliers");
+    // Their codes are 0, and only there does that mean zeros.
+    if (role->outlier_capacity > 0 && role->gain != Gain::kMax)
+      return Refuse(why, "Med3x outliers need gain MAX, whose level 0 is zero");
   }
+  if ((job.key.role.outlier_capacity > 0) != (job.value.role.outlier_capacity > 0))
+    return Refuse(why, "one role has Med3x outliers, the other has none");
   if (job.value.role.page_mean) return Refuse(why, "V has page means");
   if (job.key.role.sink_tokens != job.value.role.sink_tokens)
     return Refuse(why, "K and V keep different numbers of first tokens exact");
   const Cut cut = CutOf(job);
   if (cut.problems * cut.splits > 1 << 30) return Refuse(why, "the batch is too large");
   if (!FindInstance(job))
-    return Refuse(why, "there is no instance for this head_dim, layout of codes and radius bits");
+    return Refuse(why,
+                  job.key.role.outlier_capacity > 0
+                      ? "there is no instance with Med3x outliers for this head_dim and these codes"
+                      : "there is no instance for this head_dim, layout of codes and radius bits");
   return true;
 }
 
@@ -115,8 +168,11 @@ bool FastDecodeSupports(const AttentionJob& job, std::string* why) {
     for (const void* tensor :
          {static_cast<const void*>(view->cache.codes), static_cast<const void*>(view->cache.scales),
           static_cast<const void*>(view->cache.mean), static_cast<const void*>(view->cache.tail)}) {
-      if (!IsAligned(tensor)) return Refuse(why, "a cache tensor is not at a multiple of 16 bytes");
+      if (!IsAligned(tensor, 16))
+        return Refuse(why, "a cache tensor is not at a multiple of 16 bytes");
     }
+    if (!IsAligned(view->cache.outlier_value, 8))
+      return Refuse(why, "outlier_value is not at a multiple of 8 bytes");
   }
   Gpu gpu;
   if (!CurrentGpu(&gpu).ok()) return Refuse(why, "there is no GPU");
@@ -170,6 +226,8 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
   job.page_mask = (1 << job.page_shift) - 1;
   job.pair_mask = job.page_mask & 1;
+  job.head_bits = 0;
+  while (1 << job.head_bits < attention.call.heads) ++job.head_bits;
   job.no_mean = attention.key.role.page_mean ? 0 : 1 << 30;
   job.stages = instance.stages(gpu.shared_limit);
   job.items = static_cast<int>(cut.problems * cut.splits);

@@ -18,6 +18,7 @@ struct Codec12 {
   static constexpr uint32_t kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
   // Both roles' words lie in one table, in halves of its rows.
   static constexpr bool kShared = true, kTurned = false;
+  static constexpr bool kPageMeans = true, kOutliers = false;
   static constexpr uint32_t kRoleBytes = 128;
   static __device__ __forceinline__ uint32_t WordAt(int i) { return i * 256; }
 

@@ -23,6 +23,7 @@ struct Codec14 {
   static_assert(kCopies == 8 || kCopies == 16, "two or four words in 256 bytes");
   static constexpr uint32_t kTableBytes = kWords * 8 * kCopies, kTableAlignment = 1 << 16;
   static constexpr bool kShared = true, kTurned = true;
+  static constexpr bool kPageMeans = true, kOutliers = false;
   static constexpr uint32_t kRoleBytes = 0;
   static __device__ __forceinline__ uint32_t WordAt(int i) {
     if constexpr (kCopies == 8) return (i & 255) << 8 | i >> 8 << 6;

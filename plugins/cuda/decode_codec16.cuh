@@ -25,6 +25,7 @@ struct Codec16 {
   static_assert(8 * kCopies == 1 << kWordShift, "2, 4 or 8 copies");
   static constexpr uint32_t kTableBytes = kWords << kWordShift, kTableAlignment = 128;
   static constexpr bool kShared = true, kTurned = true;
+  static constexpr bool kPageMeans = true, kOutliers = false;
   static constexpr uint32_t kRoleBytes = 0;
   static __device__ __forceinline__ uint32_t WordAt(int i) { return i << kWordShift; }
 
@@ -110,6 +111,20 @@ struct Codec16 {
     const int i = threadIdx.x;
     if (i < 8) ptx::StoreShared32(levels + 4 * i, LevelBytes(view, 4 * (i & 3), i < 4 ? 0 : 8));
   }
+};
+
+// The same codes of at most 96 secondaries (paper:s96_r4), without page means: tables of 1152
+// words, one for each role as their secondaries have nothing in common, so that there are
+// kWordCopies of both. kMed3x: with outliers (decode_outliers.cuh). A code beyond the codebook, in
+// a damaged cache, reads other shared memory of the block, at most kReach from the table's
+// beginning.
+template <int kWordCopies, bool kMed3x>
+struct SmallCodec16 : Codec16<kWordCopies> {
+  static constexpr int kWords = 1152;
+  static constexpr uint32_t kTableBytes = kWords << Codec16<kWordCopies>::kWordShift;
+  static constexpr bool kShared = false, kTurned = false;
+  static constexpr uint32_t kReach = 2048 << Codec16<kWordCopies>::kWordShift;
+  static constexpr bool kPageMeans = false, kOutliers = kMed3x;
 };
 
 }  // namespace cuda

@@ -19,6 +19,7 @@ struct Codec20 {
   static constexpr uint32_t kTableBytes = 8192 * 8, kTableAlignment = kTableBytes;
   static constexpr int kWords = 8192, kCopies = 1;
   static constexpr bool kShared = false, kTurned = false;
+  static constexpr bool kPageMeans = true, kOutliers = false;
   static constexpr uint32_t kRoleBytes = 0;
   static __device__ __forceinline__ uint32_t WordAt(int i) { return i * 8; }
 

@@ -8,7 +8,7 @@ namespace hqmq {
 namespace cuda {
 
 // One or two tiles of a page in shared memory, as they lie in the cache: codes of K, of V, scales
-// of K, of V, the page's mean of K; and the barrier that their copies end.
+// of K, of V, the page's mean of K, if there are means; and the barrier that their copies end.
 template <class Key, class Value, int D>
 struct Stage {
   static constexpr int kTiles = Key::template kStageTiles<D> < Value::template kStageTiles<D>
@@ -23,7 +23,7 @@ struct Stage {
   static constexpr int kKeyScales = kValue + kTiles * kValueTile;
   static constexpr int kValueScales = kKeyScales + kTiles * kScalesTile;
   static constexpr int kMean = kValueScales + kTiles * kScalesTile;
-  static constexpr int kBarrier = kMean + 2 * D;
+  static constexpr int kBarrier = kMean + (Key::kPageMeans ? 2 * D : 0);
   static constexpr int kBytes = kBarrier + 16;
 
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
@@ -76,16 +76,36 @@ struct Cursor {
 };
 
 // Bytes of global into shared memory by a warp, 16 at a time.
-__device__ __forceinline__ void CopyByLanes(uint32_t to, const char* from, int bytes, int lane) {
+__device__ __forceinline__ void CopyByLanes(uint32_t to, const void* from, int bytes, int lane) {
   for (int byte = lane * 16; byte < bytes; byte += 16 * kWarp)
-    ptx::CopyAsync16(to + byte, from + byte);
+    ptx::CopyAsync16(to + byte, static_cast<const char*>(from) + byte);
 }
+
+// What a stage without a page gets: scales that are NaN, so that rows that see its tokens become
+// NaN, and codes that are valid, so that no others do. The mean of K may be anything.
+template <class S>
+struct NoPage {
+  static __device__ __forceinline__ const void* Scales() {
+    constexpr uint32_t kNan = 0x7E007E00u;
+    alignas(16) static __device__ const uint32_t scales[kDecodeTile] = {
+        kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan,
+        kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan};
+    static_assert(sizeof(scales) >= S::kTiles * S::kScalesTile, "two tiles");
+    return scales;
+  }
+  static __device__ __forceinline__ const void* Codes() {
+    constexpr int kMost = S::kKeyTile > S::kValueTile ? S::kKeyTile : S::kValueTile;
+    alignas(16) static __device__ const uint8_t codes[S::kTiles * kMost] = {};
+    return codes;
+  }
+};
 
 template <class Key, class Value, int D, int kRings>
 struct Feed {
   using S = Stage<Key, Value, D>;
   Cursor<kRings> cursor;
-  uint32_t tile0;  // number of the sequence's first tile
+  // Of the item: number of the first tile of the sequence and head; with a page table, PagesOf.
+  uint32_t sequence;
   uint32_t ring;
   uint32_t next;  // stage to fill
 
@@ -111,8 +131,25 @@ struct Feed {
                                            int held_index) {
     Problem p;
     if (!cursor.NextItem(job, warp, held, held_index, &p)) return;
-    const int page0 = (p.b * job.attention.call.heads + p.h) * job.attention.call.num_pages;
-    tile0 = __shfl_sync(kAllLanes, static_cast<uint32_t>(page0) << job.page_shift, 0);
+    const Call& call = job.attention.call;
+    const int pages = PagesOf(job, p.b, p.h);
+    uint32_t own = static_cast<uint32_t>(pages) << job.page_shift;
+    if (call.pages.pool_pages > 0) {
+      own = pages;
+      ptx::Prefetch(call.pages.entries + p.b * call.num_pages + (cursor.tile >> job.page_shift));
+    }
+    sequence = __shfl_sync(kAllLanes, own, 0);
+  }
+
+  // Whether there is a page for the next tiles, and the number of the first in the page tensors.
+  __device__ __forceinline__ bool FindTile(const DecodeJob& job, uint32_t* tile) const {
+    if (job.attention.call.pages.pool_pages == 0) {
+      *tile = sequence + cursor.tile;
+      return true;
+    }
+    const int page = PageOf(job, sequence, cursor.tile >> job.page_shift);
+    *tile = static_cast<uint32_t>(page) << job.page_shift | (cursor.tile & job.page_mask);
+    return page != kNoPage;
   }
 
   // Enqueues the next stage, if there is one. Nobody in the warp reads it any more. held: as in
@@ -121,28 +158,44 @@ struct Feed {
                                        int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
-      const bool has_mean = cursor.means.Has(job, cursor.tile);
-      const uint32_t tile = tile0 + cursor.tile, page = tile >> job.page_shift;
+      const bool has_mean = Key::kPageMeans && cursor.means.Has(job, cursor.tile);
       const RoleCache& k = job.attention.key.cache;
       const RoleCache& v = job.attention.value.cache;
       const auto place = [](const void* tensor, uint32_t at, uint32_t size) {
         return static_cast<const char*>(tensor) + static_cast<uint64_t>(at) * size;
       };
+      uint32_t tile;
       if constexpr (ptx::kBulkCopies) {
         if (ptx::Elect()) {
-          const uint32_t barrier = next + S::kBarrier;
-          ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles) + (has_mean ? 2 * D : 0));
-          ptx::BulkCopy(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, barrier);
-          ptx::BulkCopy(next + S::kValue, place(v.codes, tile, S::kValueTile),
-                        count * S::kValueTile, barrier);
-          ptx::BulkCopy(next + S::kKeyScales, place(k.scales, tile, S::kScalesTile),
-                        count * S::kScalesTile, barrier);
-          ptx::BulkCopy(next + S::kValueScales, place(v.scales, tile, S::kScalesTile),
-                        count * S::kScalesTile, barrier);
-          if (has_mean) ptx::BulkCopy(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, barrier);
+          const uint32_t barrier = next + S::kBarrier, scales = count * S::kScalesTile;
+          const auto copy = [&](uint32_t tile) {
+            const uint32_t page = tile >> job.page_shift;
+            ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles) + (has_mean ? 2 * D : 0));
+            ptx::BulkCopy(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, barrier);
+            ptx::BulkCopy(next + S::kValue, place(v.codes, tile, S::kValueTile),
+                          count * S::kValueTile, barrier);
+            ptx::BulkCopy(next + S::kKeyScales, place(k.scales, tile, S::kScalesTile), scales,
+                          barrier);
+            ptx::BulkCopy(next + S::kValueScales, place(v.scales, tile, S::kScalesTile), scales,
+                          barrier);
+            if (has_mean)
+              ptx::BulkCopy(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, barrier);
+          };
+          if (job.attention.call.pages.pool_pages == 0) {
+            copy(sequence + cursor.tile);
+          } else if (FindTile(job, &tile)) {
+            copy(tile);
+          } else {
+            ptx::BarrierExpect(barrier, count * (S::kMean / S::kTiles));
+            ptx::BulkCopy(next, NoPage<S>::Codes(), count * S::kKeyTile, barrier);
+            ptx::BulkCopy(next + S::kValue, NoPage<S>::Codes(), count * S::kValueTile, barrier);
+            ptx::BulkCopy(next + S::kKeyScales, NoPage<S>::Scales(), scales, barrier);
+            ptx::BulkCopy(next + S::kValueScales, NoPage<S>::Scales(), scales, barrier);
+          }
         }
         __syncwarp();
-      } else {
+      } else if (FindTile(job, &tile)) {
+        const uint32_t page = tile >> job.page_shift;
         CopyByLanes(next, place(k.codes, tile, S::kKeyTile), count * S::kKeyTile, lane);
         CopyByLanes(next + S::kValue, place(v.codes, tile, S::kValueTile), count * S::kValueTile,
                     lane);
@@ -151,6 +204,11 @@ struct Feed {
         CopyByLanes(next + S::kValueScales, place(v.scales, tile, S::kScalesTile),
                     count * S::kScalesTile, lane);
         if (has_mean) CopyByLanes(next + S::kMean, place(k.mean, page, 2 * D), 2 * D, lane);
+      } else {
+        CopyByLanes(next, NoPage<S>::Codes(), count * S::kKeyTile, lane);
+        CopyByLanes(next + S::kValue, NoPage<S>::Codes(), count * S::kValueTile, lane);
+        CopyByLanes(next + S::kKeyScales, NoPage<S>::Scales(), count * S::kScalesTile, lane);
+        CopyByLanes(next + S::kValueScales, NoPage<S>::Scales(), count * S::kScalesTile, lane);
       }
       next = next + S::kBytes == ring + job.stages * S::kBytes ? ring : next + S::kBytes;
       cursor.tile += count;

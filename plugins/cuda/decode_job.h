@@ -55,6 +55,7 @@ struct DecodeJob {
   int32_t page_shift;  // a page has 2^page_shift tiles
   int32_t pair_mask;   // tile | pair_mask: last tile that may share a stage of two with it
   int32_t page_mask;   // tile | page_mask: last tile of its page
+  int32_t head_bits;   // of the number of a head
   int32_t no_mean;     // 0; beyond all tiles if K has no page means
   int32_t stages;      // of tiles that each of them keeps in shared memory, at least 2
   int32_t items;       // problems * splits

@@ -2,6 +2,7 @@
 // how the work is cut, decode_rows.cuh how a tile is computed).
 #pragma once
 
+#include "decode_outliers.cuh"
 #include "decode_reduce.cuh"
 
 namespace hqmq {
@@ -25,12 +26,25 @@ struct DecodeBlock {
   std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
   float factor[2];      // from sums of products to scores in base 2, by column
   float mean_score[2];  // scores of the page's mean
+  struct None {};
+  static constexpr bool kOutliers = Key::kOutliers;
+  static_assert(kOutliers == Value::kOutliers, "both roles have outliers or none");
+  using Outliers = TileOutliers<D, kColumns>;
+  std::conditional_t<kOutliers, Outliers, None> outliers;
+  int pages;  // of the sequence and head: PagesOf
   // First tile whose keys are all seen by all rows as codes, and how many there are.
   int seen, seen_count;
 
+  // query_chunks: address of the queries' chunks, if there are outliers.
   __device__ __forceinline__ void LoadProblem(const DecodeJob& job, const Problem& p,
-                                              DecodeShared<D>* shared, int warp, int lane) {
+                                              DecodeShared<D>* shared, uint32_t query_chunks,
+                                              int warp, int lane) {
     const AttentionJob& a = job.attention;
+    if constexpr (kOutliers) {
+      outliers.StoreQueries(*shared, query_chunks);
+      pages = PagesOf(job, p.b, p.h);
+      if constexpr (!kSharedQuery) __syncthreads();
+    }
     if constexpr (kSharedQuery) {
       query.Load(shared, warp, lane);
       __syncthreads();
@@ -64,8 +78,8 @@ struct DecodeBlock {
       mean_score[i] = ((sum[0][i] + sum[1][2 + i]) + (sum[2][i] + sum[3][2 + i])) * factor[i];
   }
 
-  // Tile number `tile`: `part` of the stage at `at`.
-  __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile,
+  // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`.
+  __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile, int end,
                                           uint32_t at, int part, int lane, Rows* rows) {
     const AttentionJob& a = job.attention;
     const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
@@ -94,6 +108,17 @@ struct DecodeBlock {
                                                         value_codes[i]);
     };
     if constexpr (D <= 128) load_values(0), load_values(1);
+    // Outliers' records, and then weights for them, take the place of codes that are loaded.
+    [[maybe_unused]] const uint32_t lists[2] = {key_at,
+                                                D <= 128 ? value_at : key_at + S::kKeyTile / 2};
+    if constexpr (kOutliers) {
+      static_assert(S::kKeyTile >= (D <= 128 ? 1 : 2) * Outliers::kListBytes &&
+                        (D > 128 || S::kValueTile >= Outliers::kListBytes) &&
+                        S::kKeyTile / (D <= 128 ? 1 : 2) >= kDecodeTile * Outliers::kWeightBytes,
+                    "records and weights fit");
+      __syncwarp();
+      outliers.Begin(job, pages, tile, end, lists, lane);
+    }
 #pragma unroll
     for (int group = 0; group < kKeyChunks / 4; ++group) {
       uint2 x[4], y[4];
@@ -107,14 +132,22 @@ struct DecodeBlock {
       }
     }
     float score[4], scale[4];
+    [[maybe_unused]] float missing[4] = {};
+    if constexpr (kOutliers) {
+#pragma unroll 1
+      for (int round = 0; round < outliers.Rounds(); ++round) {
+        outliers.Round(job, pages, tile, 0, round, lists, lane);
+        outliers.AddScores(lists[0], first_token, lane, missing);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float of_key = FloatFromHalf(scales[0][i]);
       scale[2 * i] = scale[2 * i + 1] = FloatFromHalf(scales[1][i]);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        score[2 * i + c] =
-            Fma((sum[0][2 * i + c] + sum[1][2 * i + c]), of_key * factor[c], mean_score[c]);
+        score[2 * i + c] = Fma((sum[0][2 * i + c] + sum[1][2 * i + c]), of_key * factor[c],
+                               kOutliers ? missing[2 * i + c] * factor[c] : mean_score[c]);
       }
     }
     if (job.cap > 0.0f) {
@@ -137,7 +170,12 @@ struct DecodeBlock {
       largest = fmaxf(fmaxf(scale[0], scale[1]), fmaxf(scale[2], scale[3]));
     }
     uint32_t weight[kColumns / 2][2];
-    rows->Weigh(score, scale, largest, weight);
+    float p_of[4];
+    rows->Weigh(score, scale, largest, weight, p_of);
+    if constexpr (kOutliers) {
+      __syncwarp();  // K's records are read
+      outliers.StoreWeights(p_of, key_at, first_token, lane);
+    }
     typename Value::Levels value_levels;
     if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
     if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
@@ -153,6 +191,14 @@ struct DecodeBlock {
         for (int i = 0; i < kValueGroup; ++i)
           rows->Add(kValueGroup * group + i, x[i], y[i], half, weight);
       }
+    }
+    if constexpr (kOutliers) {
+#pragma unroll 1
+      for (int round = 0; round < outliers.Rounds(); ++round) {
+        outliers.Round(job, pages, tile, 1, round, lists, lane);
+        outliers.AddValues(lists[1], key_at, lane, rows);
+      }
+      ptx::ProxyFence();
     }
   }
 };
@@ -191,7 +237,8 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   feed.Start(job, next, job.by_splits(items.begin), items, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
-  const uint32_t tables[2] = {arena.table, arena.table + Tables<Key, Value>::kValue};
+  const uint32_t tables[2] = {arena.table + Tables<Key, Value>::kKey,
+                              arena.table + Tables<Key, Value>::kValue};
   const uint32_t levels[2] = {ptx::SharedAddress(shared->levels[0]),
                               ptx::SharedAddress(shared->levels[1])};
   self.key = Key::LaneOf(a.key, tables[0], levels[0], lane);
@@ -230,7 +277,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
     fresh.Store(job, next, shared, warp, lane);
     __syncthreads();
     const Problem& p = shared->problem;
-    self.LoadProblem(job, p, shared, warp, lane);
+    self.LoadProblem(job, p, shared, arena.QueryChunks(), warp, lane);
     const int splits = min(end_split, p.splits) - first_split;
     if (splits <= 0) continue;
     for (int i = 0;; ++i) {  // once more than there are splits, to join the last one
@@ -241,18 +288,21 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       using S = Stage<Key, Value, D>;
       MeanStages means;
       means.Start(job, tiles.begin);
+      if constexpr (Key::kOutliers) {
+        if (tiles.begin < tiles.end) self.outliers.Start(job, self.pages, tiles.begin, lane);
+      }
       for (int tile = tiles.begin;;) {
         if (pending.split >= 0 && 2 * tile >= tiles.begin + tiles.end)
           JoinStates<D, kColumns>(job, p, index, &pending, states, shared, warp, lane);
         if (tile == tiles.end) break;
         feed.Wait(job, stage, parity);
         feed.Fill(job, p, index, warp, lane);
-        if (means.Has(job, tile)) self.ScoreMean(stage + S::kMean, lane);
+        if (Key::kPageMeans && means.Has(job, tile)) self.ScoreMean(stage + S::kMean, lane);
         const int count = S::Count(job, tile, tiles.end);
         int part = 0;
 #pragma unroll 1
         do {
-          self.AddTile(job, p, tile + part, stage, part, lane, &rows);
+          self.AddTile(job, p, tile + part, tiles.end, stage, part, lane, &rows);
         } while (++part < count);
         tile += count;
         stage += S::kBytes;
@@ -282,6 +332,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   extern __shared__ float4 shared[];
   // Where it could never be launched, it need not be compiled.
   using Memory = Arena<Key, Value, D, kColumns>;
+  if constexpr (!Key::kPageMeans) {
+    static_assert(Tables<Key, Value>::kAlignment + Tables<Key, Value>::kValue + Value::kReach <=
+                      Memory::Bytes(2),
+                  "codes beyond the codebook read the block's memory");
+  }
   if constexpr (Memory::Bytes(2) <= ptx::kMostShared)
     DecodeItems<Key, Value, D, kColumns>(job, shared);
 }

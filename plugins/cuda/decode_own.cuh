@@ -118,7 +118,8 @@ __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p
     }
     uint32_t weight[kColumns / 2][2];
     const float one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    rows->Weigh(score, one, 1.0f, weight);
+    float p[4];
+    rows->Weigh(score, one, 1.0f, weight, p);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (D > 128 || half == 1) load_values(half);

@@ -85,9 +85,10 @@ struct LaneRows {
   // Weights of a tile from its scores, times the scales of V, as second operands: weight[i][h] of
   // token 2j + i of the upper (0) and lower (1) eight tokens; kColumns 8: [i + 2] for elements
   // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity;
-  // largest: of them.
+  // largest: of them; p: exp2(score - base).
   __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[4],
-                                        float largest, uint32_t (&weight)[kColumns / 2][2]) {
+                                        float largest, uint32_t (&weight)[kColumns / 2][2],
+                                        float (&p)[4]) {
     float above[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
@@ -97,7 +98,7 @@ struct LaneRows {
 #pragma unroll
       for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
     }
-    float p[4], product[4];
+    float product[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       p[k] = ptx::Exp2(above[k]);

@@ -31,11 +31,15 @@ template <class Key, class Value>
 struct Tables {
   static constexpr bool kOne = std::is_same<Key, Value>::value && Key::kShared;
   static constexpr bool kTurned = kOne && Key::kTurned;  // K's words may be V's, too
-  static constexpr uint32_t kValue = kOne ? 0 : Key::kTableBytes;
-  static constexpr uint32_t kBytes = kValue + Value::kTableBytes;
+  // K's table comes first, unless V's would not be aligned behind it.
+  static constexpr bool kKeyFirst = Key::kTableBytes % Value::kTableAlignment == 0;
+  static constexpr uint32_t kKey = kOne || kKeyFirst ? 0 : Value::kTableBytes;
+  static constexpr uint32_t kValue = kOne || !kKeyFirst ? 0 : Key::kTableBytes;
+  static constexpr uint32_t kBytes =
+      kOne ? Key::kTableBytes : Key::kTableBytes + Value::kTableBytes;
   static constexpr uint32_t kAlignment =
       Key::kTableAlignment > Value::kTableAlignment ? Key::kTableAlignment : Value::kTableAlignment;
-  static_assert(kValue % Value::kTableAlignment == 0, "the table of V is aligned");
+  static_assert(kKey % Key::kTableAlignment == 0, "the table of K is aligned");
 };
 
 // Fills the tables of both roles with the words and levels of head h and sets lanes up for them.
@@ -73,8 +77,14 @@ __device__ __forceinline__ float4 TurnedOutput(const DecodeShared<D>& shared, co
   return shared.turned ? Product(chunk, shared.turn) : chunk;
 }
 
+// Bytes of the rotated queries chunk by chunk, which outliers take (decode_outliers.cuh).
+__host__ __device__ constexpr uint32_t QueryChunkBytes(int head_dim, int columns) {
+  return static_cast<uint32_t>(head_dim / 4 * columns * 8);
+}
+
 // Dynamic shared memory: [rings of the first warps] [tables, aligned] [rings of the others]
-// [states, if they fit] [DecodeShared]. `start`: address of its beginning, at most kMostStart.
+// [states, if they fit] [DecodeShared] [chunks of queries, if there are outliers]. `start`: address
+// of its beginning, at most kMostStart.
 constexpr uint32_t kMostStart = 1024;
 // What a block may have on an H100.
 constexpr uint32_t kMostShared = 227 * 1024;
@@ -94,7 +104,12 @@ struct Arena {
         second_rings(table + Tables<Key, Value>::kBytes),
         states(Aligned(second_rings + (rings - rings_before) * ring_bytes, kLevelBytes)),
         shared(states + (with_states ? kStateBytes : 0)) {}
-  __host__ __device__ constexpr uint32_t End() const { return shared + sizeof(DecodeShared<D>); }
+  __host__ __device__ constexpr uint32_t QueryChunks() const {
+    return shared + sizeof(DecodeShared<D>);
+  }
+  __host__ __device__ constexpr uint32_t End() const {
+    return QueryChunks() + (Key::kOutliers ? QueryChunkBytes(D, kColumns) : 0);
+  }
   __host__ __device__ uint32_t Ring(uint32_t warp) const {
     return warp < rings_before ? first_rings + warp * ring_bytes
                                : second_rings + (warp - rings_before) * ring_bytes;

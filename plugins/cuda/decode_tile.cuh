@@ -75,14 +75,22 @@ __device__ __forceinline__ uint32_t WithinCodebook(const Layout& layout, uint32_
 }
 
 // Coded tokens first…first+count-1 of one page of head h → tile [count, stride]: page mean added,
-// still rotated. `page`: index over [B, H, M]. All threads of the block call it; synchronise before
-// reading the tile. kExact: the bits of HqmqDequantize.
+// still rotated; NaN if there is no page. `page`: PageIndex. All threads of the block call it;
+// synchronise before reading the tile. kExact: the bits of HqmqDequantize.
 template <bool kExact>
 __device__ __forceinline__ void DecodeTile(const RoleView& view, int64_t page, int h, int first,
                                            int count, float* tile, int stride,
                                            OutlierScratch* scratch) {
   const RoleParams& role = view.role;
   const int chunks = role.head_dim / 4, p = role.page_size;
+  if (page == kNoPage) {
+    const float nan = BitCast<float>(0x7FC00000u);
+    for (int i = threadIdx.x; i < count * chunks; i += blockDim.x) {
+      float* to = tile + i / chunks * stride + i % chunks * 4;
+      *reinterpret_cast<float4*>(to) = make_float4(nan, nan, nan, nan);
+    }
+    return;
+  }
   if (role.storage == Storage::kFp16) {
     const uint32_t* words =
         reinterpret_cast<const uint32_t*>(view.cache.codes) + (page * p + first) * 2 * chunks;

@@ -111,7 +111,9 @@ template <class Codec>
 struct Filling {
   static constexpr int kRows = Codec::kWords / 4;
   static constexpr int kParts = kRows < kDecodeThreads ? kDecodeThreads / kRows : 1;
-  static constexpr int kRounds = kRows * kParts / kDecodeThreads;
+  static constexpr int kRounds = (kRows * kParts + kDecodeThreads - 1) / kDecodeThreads;
+  // Else the last round is not for all threads.
+  static constexpr bool kEven = kRows * kParts % kDecodeThreads == 0;
 
   static __device__ __forceinline__ int Row(int round) {
     return (threadIdx.x + round * kDecodeThreads) / kParts;
@@ -163,6 +165,7 @@ __device__ __forceinline__ void StoreRole(const RoleView& view,
   using F = Filling<Codec>;
 #pragma unroll
   for (int i = 0; i < F::kRounds; ++i) {
+    if (!F::kEven && F::Row(i) >= F::kRows) continue;
     uint2 words[4];
     RowWords(RowOf(view, F::Row(i)), q[i], words);
     F::template Store<8 * Codec::kCopies>(table, F::Row(i), words);

@@ -59,6 +59,21 @@ __device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index) {
   return p;
 }
 
+// Where a sequence and head has its pages: the number of the first one, or, with a page table, what
+// PageOf looks up.
+__device__ __forceinline__ int PagesOf(const DecodeJob& job, int b, int h) {
+  const Call& call = job.attention.call;
+  return call.pages.pool_pages > 0 ? b << job.head_bits | h : (b * call.heads + h) * call.num_pages;
+}
+
+// PageIndex of page m of a sequence and head. pages: its PagesOf.
+__device__ __forceinline__ int PageOf(const DecodeJob& job, int pages, int m) {
+  const Call& call = job.attention.call;
+  if (call.pages.pool_pages == 0) return pages + m;
+  const int b = pages >> job.head_bits;
+  return PageIndex(call, b, pages - (b << job.head_bits), m);
+}
+
 struct Tiles {
   int begin, end;
 };

@@ -214,7 +214,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int part = static_cast<int>(blockIdx.x % whole.most);
   const int at = span.past / p + part, first = at * p;
   if (at >= span.end / p) return;
-  const int64_t page = lane * job.call.num_pages + at;
+  const int64_t page = PageIndex(job.call, b, h, at);
+  if (page == kNoPage) {
+    if (which == 0 && h == 0 && threadIdx.x == 0) CountNoPage(job, p);
+    return;
+  }
   int32_t* codes = view.cache.codes + page * p * view.layout.words;
   if (role.storage == Storage::kFp16) return CopyPage(view, span, b, h, lane, first, codes);
 

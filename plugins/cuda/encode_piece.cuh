@@ -232,7 +232,7 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
   const Span span = SpanOf(call, p, piece.b);
   const int at = span.past / p + piece.part;
   const int64_t lane = static_cast<int64_t>(piece.b) * call.heads + piece.h;
-  const int64_t page = lane * call.num_pages + at;
+  const int64_t page = PageIndex(call, piece.b, piece.h, at);
   const int group = threadIdx.x / Shape::kLanes, chunk = threadIdx.x % Shape::kLanes;
   const int group_rows = GroupRows(role), own = group_rows >> piece.shift;
   const EncodeShared places = SharedOf(role, 0);
@@ -336,6 +336,11 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
     }
   }
   usable = !__syncthreads_or(!usable);
+  if (page == kNoPage) {  // all that is left to do is to count
+    if (piece.role == 0 && piece.h == 0 && piece.first == 0 && threadIdx.x == 0)
+      CountNoPage(job.append, p);
+    return;
+  }
 
   PieceRows<D, Shown> encoder = {
       view, {}, reinterpret_cast<const float*>(shared + places.middles), rows};

@@ -7,6 +7,8 @@
  * the kernels, so that a captured CUDA graph serves changing lengths. Results are the same bytes on
  * every run and do not depend on what shares a batch. head_dim: a multiple of 4 up to 256.
  *
+ * Page tables: the functions that end in _paged read and write pages of a pool (hqmq_cuda_pages).
+ *
  * A GPU cannot raise. A page that holds NaN or infinity gets scales NaN and decodes to NaN; tokens
  * that find no page are not cached and their rows of y are NaN. `status` counts both.
  */
@@ -24,7 +26,8 @@ enum hqmq_cuda_error { HQMQ_CUDA_FAILED = 5 /* a CUDA call failed; beside enum h
 /* Device memory; the kernels add to it, the caller clears it. */
 typedef struct hqmq_cuda_status {
   int32_t not_finite; /* new tokens (of a sequence, head and role) with NaN or infinity as fp16 */
-  int32_t no_page;    /* tokens of a sequence that found no page */
+  int32_t no_page;    /* tokens of a sequence that found no page: beyond num_pages, or of pages that
+                         filled without a valid entry of the page table */
   int32_t dropped;    /* Med3x outliers that found no slot */
 } hqmq_cuda_status;
 
@@ -33,6 +36,30 @@ HQMQ_API const char* hqmq_cuda_version(void);
 HQMQ_API size_t hqmq_cuda_role_params_size(void);
 HQMQ_API size_t hqmq_cuda_role_cache_size(void);
 HQMQ_API const char* hqmq_cuda_last_error(void); /* of this thread; never null */
+
+/* Which pages of a pool sequences have. The page tensors are then those of a cache of pool_pages
+ * sequences of one page each:
+ *
+ *   codes [pool, H, P, W]             scales [pool, H, P, 1]               mean [pool, H, 1, D]
+ *   outlier_mask [pool, H, 1, words]  outlier_value [pool, H, 1, cap, 4]
+ *
+ * Page m of sequence b (tokens m*P … m*P + P-1) is page table[b, m] of each of them, of K and of V
+ * alike; num_pages is the most pages that a sequence can have. The tail stays [B, H, P+N, D]: it
+ * belongs to the running sequence. Results are the same bytes as without a table.
+ *
+ * A call reads the entries of the full pages that one of its queries sees (hqmq_cuda_load: of all
+ * full pages), and of the pages that fill in it; the others may be anything. A page is written
+ * once, in the call in which it fills, and must then be named by no other entry that the call
+ * reads. Full pages may be named by any number of sequences, which so share a prefix; a sequence
+ * that goes on from another's tokens needs a copy of its tail, too.
+ *
+ * An entry outside 0 … pool_pages-1 touches no memory: a page that fills there is not written and
+ * its tokens count in status.no_page; one that is read gives NaN (but for the first sink_tokens
+ * tokens, which come from the tail), so that the rows of y that see it are NaN. */
+typedef struct hqmq_cuda_pages {
+  const int32_t* table; /* device memory, [B, num_pages]; read by the kernels, as lengths are */
+  int32_t pool_pages;   /* pages of the pool */
+} hqmq_cuda_pages;
 
 /* Bytes of device memory hqmq_cuda_append needs beside its arguments; often 0. */
 HQMQ_API int hqmq_cuda_append_workspace(const hqmq_role_params* role, int32_t batch, int32_t heads,
@@ -45,13 +72,28 @@ HQMQ_API int hqmq_cuda_append(const hqmq_role_params* role, int32_t batch, int32
                               const float* secondaries, const float* levels,
                               const hqmq_role_cache* cache, hqmq_cuda_status* status,
                               void* workspace, size_t workspace_bytes, void* stream);
+/* The same with a page table; pages null: without one. */
+HQMQ_API int hqmq_cuda_append_paged(const hqmq_cuda_pages* pages, const hqmq_role_params* role,
+                                    int32_t batch, int32_t heads, int32_t tokens, int32_t num_pages,
+                                    const hqmq_rows* x, const int32_t* past_length,
+                                    const int32_t* new_length, const float* secondaries,
+                                    const float* levels, const hqmq_role_cache* cache,
+                                    hqmq_cuda_status* status, void* workspace,
+                                    size_t workspace_bytes, void* stream);
 
 /* HqmqDequantize (hqmq_load). Lengths beyond the cache count as its capacity. */
 HQMQ_API int hqmq_cuda_load(const hqmq_role_params* role, int32_t batch, int32_t heads,
                             int32_t num_pages, const int32_t* length, const float* secondaries,
                             const float* levels, const hqmq_role_cache* cache, const hqmq_rows* x,
                             void* stream);
+/* The same with a page table; pages null: without one. */
+HQMQ_API int hqmq_cuda_load_paged(const hqmq_cuda_pages* pages, const hqmq_role_params* role,
+                                  int32_t batch, int32_t heads, int32_t num_pages,
+                                  const int32_t* length, const float* secondaries,
+                                  const float* levels, const hqmq_role_cache* cache,
+                                  const hqmq_rows* x, void* stream);
 
+/* Page tables change neither workspaces nor paths. */
 HQMQ_API int hqmq_cuda_attention_workspace(const hqmq_attention_params* params,
                                            const hqmq_role_params* key,
                                            const hqmq_role_params* value, size_t* bytes);
@@ -82,6 +124,14 @@ HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq
                                  const int32_t* past_length, const int32_t* new_length,
                                  const float* sinks, const hqmq_rows* y, hqmq_cuda_status* status,
                                  void* workspace, size_t workspace_bytes, void* stream);
+/* The same with a page table; pages null: without one. */
+HQMQ_API int hqmq_cuda_attention_paged(const hqmq_cuda_pages* pages,
+                                       const hqmq_attention_params* params, const hqmq_rows* q,
+                                       const hqmq_attention_role* key,
+                                       const hqmq_attention_role* value, const int32_t* past_length,
+                                       const int32_t* new_length, const float* sinks,
+                                       const hqmq_rows* y, hqmq_cuda_status* status,
+                                       void* workspace, size_t workspace_bytes, void* stream);
 
 /* Device to device; the ranges must not overlap. */
 HQMQ_API int hqmq_cuda_copy(void* to, const void* from, size_t bytes, void* stream);

@@ -29,11 +29,10 @@ Status WriteTails(const AppendJob& job, cudaStream_t stream);
 
 struct LoadJob {
   RoleView view;  // x is written
-  int32_t heads, num_pages;
-  const int32_t* length;  // [B]
+  Call call;      // of no new tokens: past_length are the lengths
 };
 
-Status Load(const LoadJob& job, int batch, cudaStream_t stream);
+Status Load(const LoadJob& job, cudaStream_t stream);
 
 // Keys one split of the coded cache takes. A constant: bytes of y must not depend on the machine.
 constexpr int kSplitTokens = 512;

@@ -15,11 +15,12 @@ __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ L
   float* tile = reinterpret_cast<float*>(shared);
   const RoleView& view = job.view;
   const int p = view.role.page_size, d = view.role.head_dim, stride = TileStride(d);
-  const int64_t page = blockIdx.x, lane = page / job.num_pages;
-  const int b = static_cast<int>(lane / job.heads), h = static_cast<int>(lane % job.heads);
-  const int first = static_cast<int>(page % job.num_pages) * p;
+  const Call& call = job.call;
+  const int64_t lane = blockIdx.x / call.num_pages;
+  const int m = static_cast<int>(blockIdx.x % call.num_pages), first = m * p;
+  const int b = static_cast<int>(lane / call.heads), h = static_cast<int>(lane % call.heads);
   const uint16_t* tail = view.cache.tail + TailStart(view.role, lane, 0);
-  const int length = Clamp(job.length[b], 0, static_cast<int64_t>(job.num_pages) * p);
+  const int length = Clamp(call.past_length[b], 0, static_cast<int64_t>(call.num_pages) * p);
 
   if (first + p > length) {  // the open page, or beyond it
     for (int i = threadIdx.x; i < p * d; i += kThreads) {
@@ -29,6 +30,7 @@ __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ L
     }
     return;
   }
+  const int page = PageIndex(call, b, h, m);
   const int count = TileTokens(p), warp = threadIdx.x / kWarp, warp_lane = threadIdx.x % kWarp;
   for (int start = 0; start < p; start += count) {
     DecodeTile<true>(view, page, h, start, count, tile, stride, &outliers);
@@ -52,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ L
 
 }  // namespace
 
-Status Load(const LoadJob& job, int batch, cudaStream_t stream) {
-  const int64_t pages = static_cast<int64_t>(batch) * job.heads * job.num_pages;
+Status Load(const LoadJob& job, cudaStream_t stream) {
+  const int64_t pages = static_cast<int64_t>(job.call.batch) * job.call.heads * job.call.num_pages;
   const size_t shared = sizeof(float) * kTileTokens * TileStride(job.view.role.head_dim);
   return Launch(LoadKernel, dim3(static_cast<unsigned>(pages)), kThreads, shared, stream, job);
 }

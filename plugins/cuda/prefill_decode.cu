@@ -48,7 +48,8 @@ __device__ __forceinline__ void LaneHadamard(float (&x)[N][4], int chunks, float
   }
 }
 
-// Chunk c of token t of a page, page mean added, still rotated. `bit`: of the chunk in `outliers`.
+// Chunk c of token t of a page (PageIndex), page mean added, still rotated. `bit`: of the chunk in
+// `outliers`.
 __device__ __forceinline__ void LoadChunk(const RoleView& view, int64_t page, int h, int t, int c,
                                           int bit, const OutlierScratch& outliers, float out[4]) {
   const RoleParams& role = view.role;
@@ -101,9 +102,12 @@ __device__ __noinline__ void StoreSinks(const AttentionJob& a, const RoleView& v
   }
 }
 
+// Beside kNoPage: tokens that no row sees.
+constexpr int kUnseen = -2;
+
 // A tile of one lane of the wave and role: x = tile + lane_tiles * lane, y = role.
 template <int D>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, D > 128 ? 10 : 12)
     DecodeTilesKernel(const __grid_constant__ PrefillJob job) {
   __shared__ OutlierScratch outliers;
   constexpr int N = D > 128 ? 2 : 1;       // chunks of a lane
@@ -120,7 +124,8 @@ __global__ void __launch_bounds__(kThreads)
   const Span span = SpanOf(a.call, p, b);
   if (span.end == span.past) return;
   const int end = (span.end - 1) & ~(p - 1);  // what the newest row sees as codes
-  if (first >= end || first + kPrefillTile <= OldestSeen(span.past, a.window)) return;
+  const int oldest = OldestSeen(span.past, a.window);
+  if (first >= end || first + kPrefillTile <= oldest) return;
 
   uint16_t* to =
       job.tiles +
@@ -130,14 +135,15 @@ __global__ void __launch_bounds__(kThreads)
   const int token_of_lane = warp_lane / kWidth, chunk_of_lane = warp_lane % kWidth;
   const int count = TileTokens(p);
   for (int start = 0; start < kPrefillTile; start += count) {
-    const bool coded = first + start < end;
-    const int64_t page = lane * a.call.num_pages + (first + start) / p;
+    // Tokens that no row sees are zeros: their page may be back in the pool.
+    const bool seen = first + start < end && first + start + count > oldest;
+    const int page = seen ? PageIndex(a.call, b, h, (first + start) / p) : kUnseen;
     const int in_page = (first + start) & (p - 1);
-    if (coded && role.outlier_capacity > 0) {
+    if (page >= 0 && role.outlier_capacity > 0) {
       __syncthreads();
       if (warp == 0) {
-        LoadOutlierMask(view.cache.outlier_mask + page * view.mask_words, in_page, count, chunks,
-                        &outliers);
+        LoadOutlierMask(view.cache.outlier_mask + static_cast<int64_t>(page) * view.mask_words,
+                        in_page, count, chunks, &outliers);
       }
       __syncthreads();
     }
@@ -148,8 +154,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int n = 0; n < N; ++n) {
         const int c = chunk_of_lane + n * kWarp;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) x[n][k] = 0.0f;
-        if (coded && t < count && c < chunks)
+        for (int k = 0; k < 4; ++k) x[n][k] = page == kNoPage ? BitCast<float>(0x7FC00000u) : 0.0f;
+        if (page >= 0 && t < count && c < chunks)
           LoadChunk(view, page, h, in_page + t, c, t * chunks + c, outliers, x[n]);
       }
       if (role.hadamard) LaneHadamard(x, chunks, view.hadamard_scale, warp_lane);

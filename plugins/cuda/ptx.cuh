@@ -27,6 +27,24 @@ __device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// c [16, 8] += a [16, 8] (row) * b [8, 8] (col), tf32 into float: of a and b, floats, the 13 lowest
+// bits do not count. Lane (r, j): a0 row r, a1 row r+8, column j; a2, a3 the same rows, column j+4;
+// b0 row j, b1 row j+4 of column r; c as above. With a0, a1, b0 alone: four columns of a.
+__device__ __forceinline__ void MmaTf32(float (&c)[4], float a0, float a1, float a2, float a3,
+                                        uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+        "r"(__float_as_uint(a3)), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void MmaTf32(float (&c)[4], float a0, float a1, uint32_t b0) {
+  asm("mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5},{%6},"
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(b0));
+}
+
 // Transposes an 8x8 matrix of 16-bit elements: lane (r, j) holds row r, columns 2j and 2j+1.
 __device__ __forceinline__ uint32_t Transpose(uint32_t x) {
   uint32_t y;
@@ -135,6 +153,10 @@ __device__ __forceinline__ uint32_t LoadTable32(uint32_t address) {
 __device__ __forceinline__ void CopyAsync16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
 }
+// 8 bytes; both addresses are multiples of 8.
+__device__ __forceinline__ void CopyAsync8(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(to), "l"(from) : "memory");
+}
 // Ends a group of copies.
 __device__ __forceinline__ void CopyCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -225,6 +247,22 @@ __device__ __forceinline__ void BulkCopy(uint32_t to, const void* from, uint32_t
 #endif
 }
 
+// Lets bulk copies overwrite shared memory that this thread has written; before the warp meets.
+__device__ __forceinline__ void ProxyFence() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// x plus that of the lane `offset` before this one, if it is of the same half of the warp.
+__device__ __forceinline__ uint32_t AddLower16(uint32_t x, uint32_t offset) {
+  uint32_t y;
+  asm volatile("{.reg .pred p; shfl.sync.up.b32 %0|p,%1,%2,0x1000,0xFFFFFFFF; @p add.u32 %0,%0,%1;}"
+               : "=&r"(y)
+               : "r"(x), "r"(offset));
+  return y;
+}
+
 // Brings the line of an address near. Nothing waits for it.
 __device__ __forceinline__ void Prefetch(const void* from) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(from) : "memory");
@@ -242,6 +280,18 @@ __device__ __forceinline__ float4 LoadGlobal128(const float* from) {
 __device__ __forceinline__ float LoadGlobal32(const float* from) {
   float x;
   asm volatile("ld.global.cg.f32 %0,[%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+
+// Bits of the cache, past L1: each is read once or twice.
+__device__ __forceinline__ uint32_t LoadGlobalBits16(const void* from) {
+  uint16_t x;
+  asm volatile("ld.global.cg.u16 %0,[%1];" : "=h"(x) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint32_t LoadGlobalBits32(const void* from) {
+  uint32_t x;
+  asm volatile("ld.global.cg.u32 %0,[%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
 }
 
@@ -281,6 +331,14 @@ __device__ __forceinline__ uint32_t MultiplyHigh(uint32_t a, uint32_t b) {
 __device__ __forceinline__ uint32_t PackHalf(float low, float high) {
   uint32_t y;
   asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+__device__ __forceinline__ float2 FloatsFromHalves(uint32_t x) {
+  float2 y;
+  asm("{.reg .f16 l,h; mov.b32 {l,h},%2; cvt.f32.f16 %0,l; cvt.f32.f16 %1,h;}"
+      : "=f"(y.x), "=f"(y.y)
+      : "r"(x));
   return y;
 }
 

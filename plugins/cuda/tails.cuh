@@ -56,6 +56,11 @@ __device__ __forceinline__ void StoreHalves(uint16_t* to, uint2 halves, bool vec
   }
 }
 
+// A page that fills and has no place in the pool: by one thread of its first role and head.
+__device__ __forceinline__ void CountNoPage(const AppendJob& job, int page_size) {
+  if (job.status) atomicAdd(&job.status->no_page, page_size);
+}
+
 // One new token of one head by one warp: its rows of the tail, and what the status counts; `first`:
 // of the call and head. Loads before it needs the lengths.
 __device__ __forceinline__ void WriteTail(const EncodeJob& whole, int role, int b, int h, int i,

@@ -33,9 +33,16 @@ struct RoleView {
   Rows x;                    // new tokens
 };
 
+// Which pages of a pool sequences have (hqmq_cuda_pages); all 0: pages lie sequence after sequence.
+struct PageTable {
+  const int32_t* entries;  // [B, num_pages]
+  int32_t pool_pages;
+};
+
 struct Call {
   int32_t batch, heads, tokens, num_pages;
   const int32_t *past_length, *new_length;  // [B]
+  PageTable pages;
 };
 
 // Tokens of one sequence: held before the call, held after it, and those that found no page.
@@ -53,6 +60,20 @@ __device__ __forceinline__ Span SpanOf(const Call& call, int page_size, int b) {
   const int added = Clamp(call.new_length[b], 0, call.tokens);
   const int end = Clamp(static_cast<int64_t>(past) + added, 0, capacity);
   return {past, end, past + added - end};
+}
+
+// A page that no entry of the table names.
+constexpr int kNoPage = -1;
+
+// Where page m of a sequence and head lies in the page tensors, in pages of one head: all of their
+// addresses are multiples of it. kNoPage: the table's entry lies outside the pool. Asked only for
+// pages that are full, or fill: other entries, and those beyond num_pages, are not to be read. The
+// numbers fit: cuda_api.cu checks it.
+__device__ __forceinline__ int PageIndex(const Call& call, int b, int h, int m) {
+  if (call.pages.pool_pages == 0) return (b * call.heads + h) * call.num_pages + m;
+  const int entry = call.pages.entries[b * call.num_pages + m];
+  if (static_cast<uint32_t>(entry) >= static_cast<uint32_t>(call.pages.pool_pages)) return kNoPage;
+  return entry * call.heads + h;
 }
 
 __device__ __forceinline__ float LoadFloat(const Rows& x, int64_t element) {

@@ -8,7 +8,7 @@ serves all groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from unittest import mock
 
@@ -39,12 +39,21 @@ HEADS = 2
 GROUPS = (1, 2, 3, 4, 6, 7, 8, 16)
 TOKENS = (1, 2, 5, 8)
 PRESETS = ("hq3", "hq3.5", "hq4", "hq5")
+MED3 = "paper:s96_r4+med3"
+SHARES = (0.0, 0.03, 0.3)
+"""Of the chunks of pages 0, 1, 2, …, in turn, that are outliers: none, the usual share, more than there are slots."""
 CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
-    *[("k=hq4,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64)],
+    *[("k=hq4,v=hq3.5", head_dim) for head_dim in (64, 128, 256)],
+    *[("k=hq4,v=hq3", 128), ("k=hq3.5,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64), ("k=hq4,v=hq3.5@p16", 256)],
+    *[(name, head_dim) for name in (MED3, "paper:s96_r4") for head_dim in (64, 128, 256)],
+    *[(MED3 + "@p16", 128), (MED3 + "@p128", 64), (MED3 + "@p32", 256)],
 ]
 PLAIN = {
-    "paper:s96_r4+med3": "outliers",
+    "hq:s170_r4+med3": "gain MAX",
+    "paper:s8_r2+med3": "no instance",
+    "paper:s128_r4+med3": "no instance",
+    f"k={MED3},v=paper:s96_r4": "one role has Med3x outliers",
     "paper:s24_r3": "no instance",
     "k=hq3,v=hq4": "no instance",
     "hq:s10_r2": "no instance",
@@ -56,6 +65,7 @@ PLAIN = {
 """Schemes that the fused kernel leaves to the plain ones, and words of the reason."""
 SINK_CASES = [
     *[("hq3", 128, 4), ("hq4", 128, 4), ("hq3.5", 64, 4), ("hq5", 64, 4), ("hq4", 256, 4), ("k=hq4,v=hq3", 128, 4)],
+    *[("k=hq4,v=hq3.5", 128, 4), ("k=hq4,v=hq3.5", 256, 4), (MED3, 128, 4), (MED3, 64, 0)],
     *[("hq4@p16", 64, 8), ("hq3@p16", 128, 1), ("hq5@p128", 128, 8), ("hq3.5@p32", 256, 3), ("hq3", 128, 0)],
 ]
 """Schemes, head_dim and how many first tokens are exact."""
@@ -63,18 +73,44 @@ LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
 """Of the relative error. Rounding y to bfloat16 alone gives 1.7e-3."""
 
 
+@dataclass
+class OutlierAttention(Attention):
+    """K and V about zero, with chunks of six times the size, SHARES of each page."""
+
+    def inputs(self, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v for `tokens` new rows."""
+        q, k, v = super().inputs(tokens, seed)
+        g = torch.Generator().manual_seed(self.seed + seed + 500)
+        page = torch.arange(tokens) // self.scheme.page_size % len(SHARES)
+        share = torch.tensor(SHARES)[page]
+
+        def spread(x: Tensor) -> Tensor:
+            chosen = torch.rand(*x.shape[:3], self.head_dim // 4, generator=g) < share[:, None]
+            return x * (1 + 5 * chosen.repeat_interleave(4, -1))
+
+        return q, spread(torch.randn(k.shape, generator=g).to(k.dtype)), spread(v)
+
+
+def attention_of(name: str) -> type[Attention]:
+    """The cases of a scheme: with outliers if it keeps any."""
+    return OutlierAttention if Scheme.parse(name).key.med3 else Attention
+
+
 class Layer:
     """One layer on the GPU: caches that hold the longest of `ends` in every sequence, and inputs of GROUPS[-1].
 
-    K and V keep `sinks` first tokens exact, as values of their own, so that it shows whether codes or exact rows are
-    read, and which.
+    K and V keep `sinks` first tokens exact (None: SINKS for our schemes, 0 for the paper's), as values of their own,
+    so that it shows whether codes or exact rows are read, and which.
     """
 
-    def __init__(self, name: str, head_dim: int, ends: tuple[int, ...] = LENGTHS, sinks: int = SINKS) -> None:
+    def __init__(self, name: str, head_dim: int, ends: tuple[int, ...] = LENGTHS, sinks: int | None = None) -> None:
         scheme, self.head_dim, self.ends = Scheme.parse(name), head_dim, ends
+        if sinks is None:
+            sinks = SINKS if scheme.key.optimised else 0
         key, value = (replace(role, sink_tokens=sinks) for role in (scheme.key, scheme.value))
         self.scheme = replace(scheme, key=key, value=value)
-        case = Attention(name, head_dim, HEADS, GROUPS[-1], past=(max(ends),) * len(ends), capacity=CAPACITY)
+        past = (max(ends),) * len(ends)
+        case = attention_of(name)(name, head_dim, HEADS, GROUPS[-1], past=past, capacity=CAPACITY)
         self.books = [[book.to(DEVICE) for book in role] for role in case.books]
         g = torch.Generator().manual_seed(1)
         for cache in case.caches:
@@ -111,7 +147,7 @@ class Layer:
 
 
 @lru_cache(maxsize=2)
-def layer(name: str, head_dim: int, ends: tuple[int, ...] = LENGTHS, sinks: int = SINKS) -> Layer:
+def layer(name: str, head_dim: int, ends: tuple[int, ...] = LENGTHS, sinks: int | None = None) -> Layer:
     """Made once for the tests that follow one another."""
     return Layer(name, head_dim, ends, sinks)
 
@@ -172,7 +208,9 @@ def test_every_group_dtype_and_number_of_queries_follows_the_reference(name: str
                     assert_same_caches(caches, present)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq4", 64)])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [*[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5", MED3)], ("hq4", 64)]
+)
 @pytest.mark.parametrize(
     ("window", "softcap", "sink"),
     [(50, 0.0, False), (700, 0.0, True), (0, 5.0, False), (0, 0.0, True), (65, 3.0, True)],
@@ -209,7 +247,15 @@ def sequence(case: Layer, b: int, capacity: int) -> list[list[Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [*[(name, 128) for name in PRESETS], ("hq3", 64), ("hq4", 256)])
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        *[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5")],
+        ("hq3", 64),
+        ("hq4", 256),
+        *[(MED3, d) for d in (64, 128, 256)],
+    ],
+)
 def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, head_dim: int) -> None:
     case = layer(name, head_dim)
     for tokens, group, dtype in ((1, 4, torch.float16), (5, 7, torch.float16), (8, 16, torch.bfloat16)):
@@ -228,7 +274,7 @@ def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, 
                 assert torch.equal(bits(alone), bits(y[one])), f"length {length}, capacity {capacity}"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, MED3])
 def test_what_lies_behind_the_length_is_not_seen(name: str) -> None:
     """Codes, scales and means of later pages, and rows of the tail that hold no token, may be anything."""
     case = layer(name, 128)
@@ -250,7 +296,10 @@ def test_what_lies_behind_the_length_is_not_seen(name: str) -> None:
     assert torch.equal(bits(case.attend((q, k, v), past, new, spoiled)), bits(y))
 
 
-@pytest.mark.parametrize(("name", "tokens", "around"), [("hq3", 1, False), ("hq3", 1, True), ("hq4", 8, True)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "around"),
+    [("hq3", 1, False), ("hq3", 1, True), ("hq4", 8, True), (MED3, 1, False), (MED3, 8, True)],
+)
 def test_a_captured_graph_serves_all_lengths(name: str, tokens: int, around: bool) -> None:
     ends = sink_ends(64) if around else LENGTHS
     case = layer(name, 128, ends)
@@ -360,14 +409,14 @@ def test_nan_in_an_exact_row_reaches_the_queries_that_see_it(tokens: int, window
         assert torch.equal(others, sees[:, None].expand(y.shape[:3]) if role == 0 else torch.zeros_like(others))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, MED3])
 def test_many_sequences_and_heads(name: str) -> None:
     """More problems than multiprocessors, of random lengths."""
     heads, group, batch, capacity = 8, 4, 48, 1024
     scheme = Scheme.parse(name)
     g = torch.Generator().manual_seed(3)
     past = tuple(torch.randint(0, capacity - 1, (batch,), generator=g).tolist())
-    case = Attention(name, 128, heads, group, past=past, capacity=capacity, dtype=torch.float16, seed=5)
+    case = attention_of(name)(name, 128, heads, group, past=past, capacity=capacity, dtype=torch.float16, seed=5)
     q, k, v = (x.to(DEVICE) for x in case.inputs(1))
     books = [[book.to(DEVICE) for book in role] for role in case.books]
     caches = [[tensor.to(DEVICE) for tensor in role] for role in case.caches]
@@ -379,6 +428,53 @@ def test_many_sequences_and_heads(name: str) -> None:
         inputs = (q.float(), k.float(), v.float(), held_, new)
         expected = torch_attention.attend(*inputs, None, scheme, books, copies, 128**-0.5, 0, 0.0)
     assert_close(y, expected, new, LIMITS[torch.float16])
+
+
+def outliers(case: Layer) -> tuple[Tensor, Tensor]:
+    """Outliers of the pages that all sequences hold in full, of K and V: kept, and without a slot."""
+    kept, dropped = [], []
+    for _, _, mask, _, _ in case.caches:
+        words = mask[:, :, : max(case.ends) // case.scheme.page_size].cpu()
+        bits_of = words[..., :-1].contiguous().view(torch.uint8)
+        kept.append(sum((bits_of >> i & 1).sum(-1) for i in range(8)))
+        dropped.append(words[..., -1])
+    return torch.stack([torch.as_tensor(x) for x in kept]), torch.stack(dropped)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_layers_with_outliers_have_pages_of_all_kinds(head_dim: int) -> None:
+    """What the tests of MED3 above rely on."""
+    case = layer(MED3, head_dim)
+    kept, dropped = outliers(case)
+    chunks = case.scheme.page_size * head_dim // 4
+    capacity = case.scheme.key.outlier_capacity(head_dim, case.scheme.page_size)
+    assert (kept[..., ::3] == 0).any()
+    usual = kept[..., 1::3].float().mean() / chunks
+    assert 0.02 < usual < 0.05
+    assert (kept[..., 2::3] == capacity).any()
+    assert (dropped[..., 2::3] > 0).any()
+
+
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_outliers_of_any_size(head_dim: int, role: int) -> None:
+    """Values that are far beyond 65504 times their token's scale, beside tokens whose other chunks are 0."""
+    case = layer(MED3, head_dim)
+    caches = case.clone()
+    values, scales = caches[role][3], caches[role][1]
+    scales *= 2.0**-12
+    scales[:, :, 5::9] = 0
+    values *= 2.0**-6 if role == 0 else 2.0**9
+    assert values.isfinite().all()
+    for tokens, group in ((1, 4), (5, 7)):
+        past, new = held(tokens)
+        q, k, v = case.inputs(tokens, torch.float16)
+        copies = [[tensor.clone() for tensor in each] for each in caches]
+        expected = case.attend((q, k, v), past, new, copies, reference=True)
+        q = case.of_group(q, group)
+        assert fast(q, k, case.scheme)
+        y = case.attend((q, k, v), past, new, [[tensor.clone() for tensor in each] for each in caches])
+        assert_close(y, case.of_group(expected, group), new, LIMITS[torch.float16])
 
 
 def test_calls_it_does_not_take_are_served_by_the_plain_kernels() -> None:

@@ -1,0 +1,9 @@
+#include "decode_instance.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+template struct DecodeInstance<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 8>;
+
+}  // namespace cuda
+}  // namespace hqmq
