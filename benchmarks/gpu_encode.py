@@ -8,24 +8,21 @@ Writes gpu_encode.json and gpu_encode.md.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.gpu_cases import Ours, Shape, append, codebook, int32, prefill_variants, tokens_like_a_model
+from benchmarks.gpu_tables import Row, show_sheets, write_sheets
 from benchmarks.gpu_timing import Step, free, graph_time
 from benchmarks.machine import log, machine
 from benchmarks.report_tables import Sheet
 from hqmq_trt.format import cache_tensors
 from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE
 from hqmq_trt.scheme import ROLES, Scheme
-
-Row = dict[str, Any]
 
 
 def encode_step(shape: Shape, name: str, device: torch.device) -> Step:
@@ -160,13 +157,9 @@ def main(
         rows += measure_steps(Shape(batch, step_context, head_dim=head_dim), schemes.split(), on)
         log(f"steps of {batch} sequences: done")
     output.mkdir(parents=True, exist_ok=True)
-    where = machine(commit)
-    (output / "gpu_encode.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
-    found = [sheet(rows), step_sheet(rows)]
-    text = f"{where['card']}, {where['date']}, commit {where['commit']}, torch {where['torch']}\n\n"
-    (output / "gpu_encode.md").write_text(text + "\n".join(table.markdown() for table in found))
-    for table in found:
-        Console().print(table.rich())
+    sheets = [sheet(rows), step_sheet(rows)]
+    write_sheets(output, "gpu_encode", machine(commit), rows, sheets)
+    show_sheets(sheets)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,23 @@ rest of `context` as codes (coding of the pages that fill included), by kernel: 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from benchmarks.gpu_cases import Ours, Shape, prefill_variants
 from benchmarks.gpu_paths import use_kernels
+from benchmarks.gpu_tables import Row, show_sheets, write_sheets
 from benchmarks.gpu_timing import Step, free, graph_time
 from benchmarks.machine import log, machine
 from benchmarks.report_tables import Sheet
 from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE
 
-Row = dict[str, Any]
 KERNELS = {"usual": 0, "sm_80": 2, "plain": 1}
 """Names and values of hqmq_cuda_use_plain_attention."""
 
@@ -123,11 +121,8 @@ def main(
         shape = Shape(batch, context, group, head_dim, heads, tokens)
         rows += measure(shape, schemes.split(), names, check, on)
         log(f"{tokens:,} of {context:,}: done")
-        (output / "gpu_prefill.json").write_text(json.dumps({"machine": where, "rows": rows}, indent=1) + "\n")
-    found = sheet(rows)
-    text = f"{where['card']}, {where['date']}, commit {where['commit']}, torch {where['torch']}\n\n{found.markdown()}"
-    (output / "gpu_prefill.md").write_text(text)
-    Console(width=160).print(found.rich())
+        write_sheets(output, "gpu_prefill", where, rows, [sheet(rows)])
+    show_sheets([sheet(rows)])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from benchmarks.gpu_targets import growth, worst_first
 from benchmarks.report_tables import Sheet
@@ -91,6 +94,19 @@ def targets_sheet(found: Sequence[Row]) -> Sheet:
         cells.append((row["target"], *numbers, reached))
     columns = ("target", "bound", "value", "warm", "limit", "prototype", "reached")
     return Sheet("Targets", columns, cells, "value: nothing in L2; warm: as the prototype was measured.")
+
+
+def write_sheets(output: Path, name: str, where: dict[str, Any], rows: Sequence[Row], sheets: Sequence[Sheet]) -> None:
+    """Write {name}.json and {name}.md into `output`. where: benchmarks.machine.machine()."""
+    (output / f"{name}.json").write_text(json.dumps({"machine": where, "rows": list(rows)}, indent=1) + "\n")
+    text = f"{where['card']}, {where['date']}, commit {where['commit']}, torch {where['torch']}\n\n"
+    (output / f"{name}.md").write_text(text + "\n".join(sheet.markdown() for sheet in sheets))
+
+
+def show_sheets(sheets: Sequence[Sheet]) -> None:
+    """Print tables on the terminal."""
+    for sheet in sheets:
+        Console(width=160).print(sheet.rich())
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
