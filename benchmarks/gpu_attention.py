@@ -83,7 +83,7 @@ class Run:
 
     def half(self, shape: Shape) -> dict[str, float | str] | None:
         """Time the baselines of a shape; the fastest, cold and warm."""
-        same = [row for row in self.rows if row["kind"] in ("fp16", "fp8") and _same(row, shape)]
+        same = [row for row in self.rows if row["kind"] in ("fp16", "fp8", "int4") and _same(row, shape)]
         if not same:
             try:
                 case = Half(shape, self.device, copies_for(shape.half_bytes, self.device))
@@ -96,6 +96,8 @@ class Run:
             free(self.device)
             if shape.tokens == 1 and self.device.type == "cuda" and version_of("flashinfer") != "missing":
                 self._flashinfer(shape)
+            if shape.tokens == 1 and self.device.type == "cuda" and version_of("triton") != "missing":
+                self._triton(shape)
             same = [row for row in self.rows if row["kind"] == "fp16" and _same(row, shape)]
         timed = [row for row in same if row["kind"] == "fp16" and "us" in row]
         if not timed:
@@ -111,6 +113,24 @@ class Run:
             make = partial(flashinfer_steps, shape, self.device, copies, fp8)
             self.time(kind, name, shape, make, bytes=size)
             free(self.device)
+
+    def _triton(self, shape: Shape) -> None:
+        """4-bit codes in Triton, in its fastest configuration; benchmarks/triton_int4.py says what is left out."""
+        from benchmarks.triton_int4 import ROWS, random_caches
+
+        if shape.group > ROWS:
+            return
+        try:
+            cases = random_caches(shape, self.device)
+            count = torch.cuda.get_device_properties(self.device).multi_processor_count
+            best = cases[0].fastest(lambda step: graph_time([step], self.device, 3).us, count)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self.notes.append(f"Triton's 4 bits, {shape}: {str(error).splitlines()[0][:120]}")
+            return
+        steps: list[Step] = [partial(case.launch, **best) for case in cases]
+        self.time("int4", "triton_int4", shape, steps, bytes=cases[0].nbytes + shape.rows_bytes, configuration=best)
+        del cases, steps
+        free(self.device)
 
     def ours(self, shape: Shape, scheme: str, best: dict[str, Any] | None, check: bool, fill: bool) -> None:
         """Time a scheme and compare it with the baselines; with `old` also on the plain kernels."""
@@ -200,8 +220,9 @@ class Run:
         """Tables and plot."""
         self.write()
         where = self.machine
-        if version_of("flashinfer") == "missing":
-            self.notes.append("FlashInfer is not installed: no row of it")
+        for name, package in (("FlashInfer", "flashinfer"), ("Triton", "triton")):
+            if version_of(package) == "missing":
+                self.notes.append(f"{name} is not installed: no row of it")
         self.notes += failures(self.rows)
         sheets = [attention_sheet(self.rows), prefill_sheet(self.rows), encode_sheet(self.rows)]
         sheets += [grid_sheet(self.rows)] if grid else []

@@ -25,8 +25,8 @@ def _number(value: Any, style: str) -> str:
 
 def attention_sheet(rows: Sequence[Row]) -> Sheet:
     """Every decode point and its baselines."""
-    chosen = [row for row in rows if row["kind"] in ("fp16", "fp8", "ours", "ours_plain")]
-    order = {"fp16": 0, "fp8": 1, "ours": 2, "ours_plain": 3}
+    order = {"fp16": 0, "fp8": 1, "int4": 2, "ours": 3, "ours_plain": 4}
+    chosen = [row for row in rows if row["kind"] in order]
     keys = ("batch", "context", "head_dim", "group")
     chosen.sort(key=lambda row: ([row[key] for key in keys], order[row["kind"]]))
     return Sheet("Decode attention, one layer", COLUMNS, [_cells(row) for row in chosen])
@@ -116,7 +116,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if row["kind"] in ("fp16", "fp8", "ours") and "us" in row]
+    timed = [row for row in rows if row["kind"] in ("fp16", "fp8", "int4", "ours") and "us" in row]
     if not timed:
         return
     shapes = {(row["head_dim"], row["group"]) for row in timed}
