@@ -116,7 +116,8 @@ __global__ void Misaligned(const __grid_constant__ FaultJob job) {
 }
 
 __global__ void NullPointer(const __grid_constant__ FaultJob job) {
-  if (threadIdx.x == 5) *const_cast<volatile uint32_t*>(job.in - reinterpret_cast<uintptr_t>(job.in) / 4) = 1;
+  if (threadIdx.x == 5)
+    *const_cast<volatile uint32_t*>(job.in - reinterpret_cast<uintptr_t>(job.in) / 4) = 1;
 }
 
 struct Named {

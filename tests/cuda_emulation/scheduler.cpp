@@ -45,6 +45,8 @@ struct Fiber {
 struct WarpMeeting {
   char slots[2][kWarp * kSlot];
   int arrived = 0;
+  int absent = 0;  // lanes that have ended or are at __syncthreads
+  int first = 0;   // thread that arrived first
 };
 
 struct BlockMeeting {
@@ -70,7 +72,7 @@ bool late_copies = false;  // bulk copies come when no thread can go on, not at 
 std::mt19937 random_numbers;
 
 const char* NameOf(Meeting meeting) {
-  static const char* const kNames[] = {"__syncwarp", "a shuffle", "a vote",     "a reduction",
+  static const char* const kNames[] = {"__syncwarp", "a shuffle", "a vote",   "a reduction",
                                        "an MMA",     "movmatrix", "ldmatrix", "elect"};
   return kNames[static_cast<int>(meeting)];
 }
@@ -104,7 +106,8 @@ void MakeReady(int thread) {
 int TakeReady() {
   const int count = threads / kWarp;
   if (Chance(40)) favourite = static_cast<int>(RandomBelow(count));
-  int warp = ready[favourite].empty() || Chance(8) ? static_cast<int>(RandomBelow(count)) : favourite;
+  int warp =
+      ready[favourite].empty() || Chance(8) ? static_cast<int>(RandomBelow(count)) : favourite;
   while (ready[warp].empty()) warp = (warp + 1) % count;
   std::vector<int>& list = ready[warp];
   std::swap(list[RandomBelow(static_cast<uint32_t>(list.size()))], list.back());
@@ -118,6 +121,7 @@ int TakeReady() {
 void Leave(State state) {
   Fiber& fiber = fibers[current];
   fiber.state = state;
+  if (state == State::kSyncs || state == State::kDone) ++warps[current / kWarp].absent;
   if (_setjmp(fiber.context) == 0) _longjmp(scheduler, 1);
 }
 
@@ -197,6 +201,14 @@ struct SignalGuard {
   struct sigaction old_action;
 };
 
+// The thread that runs is at a meeting that another one of its warp does not come to.
+[[noreturn]] void Diverged(int other) {
+  const Fiber& fiber = fibers[current];
+  Fail(std::string("its warp diverges: it is at ") + NameOf(static_cast<Meeting>(fiber.kind)) +
+       ", " + At(fiber.site) + ", and thread " + std::to_string(other) + " " +
+       Describe(fibers[other]));
+}
+
 std::string Deadlock() {
   std::map<std::string, std::vector<int>> places;
   for (int i = 0; i < threads; ++i) places[Describe(fibers[i])].push_back(i);
@@ -215,7 +227,7 @@ std::string RunBlock(uint32_t shared) {
   sleepers.clear();
   ready_count = 0;
   for (auto& list : ready) list.clear();
-  for (auto& warp : warps) warp.arrived = 0;
+  for (auto& warp : warps) warp.arrived = warp.absent = 0;
   syncs = {};
   syncs.all[0] = syncs.all[1] = true;
   live = threads;
@@ -251,7 +263,9 @@ std::string RunBlock(uint32_t shared) {
 
 }  // namespace
 
-void Fail(const std::string& text) { throw Failure("thread " + std::to_string(current) + ": " + text); }
+void Fail(const std::string& text) {
+  throw Failure("thread " + std::to_string(current) + ": " + text);
+}
 void Fail(const std::string& text, Site site) { Fail(text + ", " + At(site)); }
 
 uint32_t RandomBelow(uint32_t n) { return n < 2 ? 0 : random_numbers() % n; }
@@ -269,14 +283,14 @@ const char* Meet(Meeting meeting, const void* mine, size_t bytes, Site site) {
   if (bytes) memcpy(slots + (me - first) * kSlot, mine, bytes);
   fiber.site = site;
   fiber.kind = static_cast<int>(meeting);
-  for (int i = first; i < first + kWarp; ++i) {
-    const Fiber& other = fibers[i];
-    const bool differs = other.state == State::kMeets &&
-                         (other.kind != fiber.kind || other.site.line != site.line);
-    if (!differs && other.state != State::kDone && other.state != State::kSyncs) continue;
-    Fail(std::string("its warp diverges: it is at ") + NameOf(meeting) + ", " + At(site) +
-         ", and thread " + std::to_string(i) + " " + Describe(other));
+  const Fiber& earliest = fibers[warp.first];
+  if (warp.arrived == 0) {
+    warp.first = me;
+  } else if (earliest.kind != fiber.kind || earliest.site.line != site.line) {
+    Diverged(warp.first);
   }
+  for (int i = first; warp.absent && i < first + kWarp; ++i)
+    if (fibers[i].state == State::kDone || fibers[i].state == State::kSyncs) Diverged(i);
   if (++warp.arrived < kWarp) {
     Leave(State::kMeets);
     return slots;
@@ -311,6 +325,7 @@ bool Syncthreads(Sync kind, bool mine, Site site) {
     syncs.arrived = 0;
     syncs.any[side ^ 1] = false;
     syncs.all[side ^ 1] = true;
+    for (WarpMeeting& warp : warps) warp.absent = 0;
     for (int i = 0; i < threads; ++i)
       if (i != current) MakeReady(i);
   }

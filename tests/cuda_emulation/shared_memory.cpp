@@ -59,8 +59,9 @@ char* Begin() { return mapped + page_bytes; }
 char* End() { return mapped + mapped_bytes - page_bytes; }
 
 std::string Range(uint32_t address, uint32_t bytes) {
-  return std::to_string(bytes) + " bytes at " + std::to_string(static_cast<int64_t>(address) - kSharedStart) +
-         " of " + std::to_string(memory_bytes) + " bytes of shared memory";
+  return std::to_string(bytes) + " bytes at " +
+         std::to_string(static_cast<int64_t>(address) - kSharedStart) + " of " +
+         std::to_string(memory_bytes) + " bytes of shared memory";
 }
 
 // Where the bytes lie, if they are the block's.
@@ -82,7 +83,8 @@ void EachState(uint32_t address, uint32_t bytes, F f) {
 void CheckSettled(uint32_t address, uint32_t bytes, const char* what, Site site) {
   EachState(address, bytes, [&](uint8_t state) {
     if (state & kPending)
-      Fail(std::string(what) + " where a copy has not been waited for: " + Range(address, bytes), site);
+      Fail(std::string(what) + " where a copy has not been waited for: " + Range(address, bytes),
+           site);
   });
 }
 
@@ -175,7 +177,8 @@ void BarrierInit(uint32_t barrier, uint32_t count, Site site) {
 void BarrierArrive(uint32_t barrier, uint32_t bytes, Site site) {
   Barrier* at = BarrierAt(barrier, site);
   if (at->count > kMostThreads || at->missing == 0 || at->missing > at->count)
-    Fail("a barrier that is not initialised, or that more threads arrive at than it was told", site);
+    Fail("a barrier that is not initialised, or that more threads arrive at than it was told",
+         site);
   at->state += 2 * static_cast<int32_t>(bytes);
   --at->missing;
   EndPhase(at);
@@ -196,7 +199,8 @@ void BulkCopy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, S
   CheckSettled(to, bytes, "it copies to", site);
   EachState(to, bytes, [&](uint8_t state) {
     if (state & kUnfenced)
-      Fail("a bulk copy to where a thread stored without a fence after it: " + Range(to, bytes), site);
+      Fail("a bulk copy to where a thread stored without a fence after it: " + Range(to, bytes),
+           site);
   });
   const Copy copy = {to, from, bytes, barrier};
   Announce(copy, at);
@@ -218,8 +222,7 @@ bool DeliverBulkCopy() {
 void ProxyFence() {
   Copies& own = copies[Thread()];
   for (const auto& [address, bytes] : own.unfenced)
-    EachState(address, bytes,
-              [](uint8_t& state) { state &= static_cast<uint8_t>(~kUnfenced); });
+    EachState(address, bytes, [](uint8_t& state) { state &= static_cast<uint8_t>(~kUnfenced); });
   own.unfenced.clear();
 }
 
@@ -251,8 +254,9 @@ std::string SharedFault(const void* address) {
   const char* at = static_cast<const char*>(address);
   std::string text = "thread " + std::to_string(Thread()) + ": ";
   if (mapped && at >= mapped && at < mapped + mapped_bytes) {
-    return text + "it reads or writes " + std::to_string(at - memory) + " bytes from the beginning of " +
-           std::to_string(memory_bytes) + " bytes of shared memory";
+    return text + "it reads or writes " + std::to_string(at - memory) +
+           " bytes from the beginning of " + std::to_string(memory_bytes) +
+           " bytes of shared memory";
   }
   return text + "it reads or writes memory that is not there, or its stack is too small";
 }

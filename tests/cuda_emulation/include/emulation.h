@@ -100,7 +100,7 @@ void CheckAligned(const void* pointer, uint32_t bytes, Site site);
 void BeginShared(uint32_t bytes);  // of a block; holds what is NaN in every type
 std::string EndShared();           // what is wrong after its last thread; empty: nothing
 void ForgetCopies(int thread);
-bool DeliverBulkCopy();             // one of those under way, in random order; false: there is none
+bool DeliverBulkCopy();  // one of those under way, in random order; false: there is none
 std::string SharedFault(const void* address);  // of a signal: what a thread did
 uint32_t RandomBelow(uint32_t n);
 

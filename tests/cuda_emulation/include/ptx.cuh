@@ -28,8 +28,8 @@ inline uint32_t SharedAddress(const void* pointer, HQMQ_HERE) {
 inline float LowHalf(uint32_t x) { return FloatFromHalf(static_cast<uint16_t>(x)); }
 inline float HighHalf(uint32_t x) { return FloatFromHalf(static_cast<uint16_t>(x >> 16)); }
 
-// What a lane shows of its operands, as floats: kA of a (columns kA/2 * … of row r, then row r + 8),
-// kB of b. Adds the products of kDepth columns of a and rows of b in their order.
+// What a lane shows of its operands, as floats: kA of a (columns kA/2 * … of row r, then row r +
+// 8), kB of b. Adds the products of kDepth columns of a and rows of b in their order.
 template <int kDepth, int kPairs>
 struct Operands {
   float a[kDepth / 4][2];  // [column of the lane][row r, row r + 8]
@@ -49,8 +49,7 @@ struct Operands {
         const char* column = all + (4 * (2 * j + n) + LaneOf(k)) * emulation::kSlot;
         const Operands& left = *reinterpret_cast<const Operands*>(row);
         const float right = reinterpret_cast<const Operands*>(column)->b[IndexOf(k)];
-        for (int half = 0; half < 2; ++half)
-          c[2 * half + n] += left.a[IndexOf(k)][half] * right;
+        for (int half = 0; half < 2; ++half) c[2 * half + n] += left.a[IndexOf(k)][half] * right;
       }
     }
   }
@@ -166,9 +165,10 @@ void CopyWait() {
   emulation::CopyWait(kGroups);
 }
 
-// HQMQ_EMULATED_SM: the architecture whose code a source is compiled for (CMakeLists.txt). In an
-// unnamed namespace in effect: nothing that is not a template of an instance depends on them.
-constexpr uint32_t kMostShared = HQMQ_EMULATED_SM < 90 ? 163 * 1024 : 227 * 1024;
+// The emulated GPU gives a block as much as an H100, whatever it is compiled for.
+constexpr uint32_t kMostShared = 227 * 1024;
+// HQMQ_EMULATED_SM: the architecture whose code a source is compiled for (CMakeLists.txt). Nothing
+// but templates of a pair of codecs depends on it.
 constexpr bool kBulkCopies = HQMQ_EMULATED_SM >= 90;
 
 inline void BarrierInit(uint32_t barrier, uint32_t count, HQMQ_HERE) {
