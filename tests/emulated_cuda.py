@@ -97,8 +97,9 @@ def attend(
     table: Tensor | None = None, sinks: Tensor | None = None, window: int = 0, softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """cuda.attend of new tokens after those that a case holds."""
+    q, k, v = inputs
     return cuda.attend(
-        *inputs, lengths(*case.past), lengths(*new), sinks, case.scheme, case.books, caches, case.head_dim**-0.5,
+        q, k, v, lengths(*case.past), lengths(*new), sinks, case.scheme, case.books, caches, case.head_dim**-0.5,
         window, softcap, table,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ def plain(emulated: EmulatedGpu) -> Iterator[EmulatedGpu]:
         ("hq4", 128, 3),
         ("paper:s24_r3+med3@p8", 80, 2),
         ("k=fp16,v=hq3@p32", 64, 1),
-        ("hq5@p16", 256, 2),
+        ("hq3@p16", 256, 1),
     ],
 )
 def test_plain_answers_of_the_oracle(
@@ -47,6 +47,18 @@ def test_plain_answers_of_the_oracle(
 def test_plain_windows_caps_and_sinks(plain: EmulatedGpu, window: int) -> None:
     case = Attention("hq4@p16", 64, 2, 3, past=(5, 62, 600), capacity=640)
     assert_right(case, (3, 20, 4), PLAIN, LIMITS[torch.float32], torch.linspace(-1, 2, 6), window, softcap=5.0)
+
+
+def test_plain_blocks_walk_through_parts_where_there_are_many(plain: EmulatedGpu) -> None:
+    """1024 blocks walk through what few blocks share and another kernel joins: the same bits."""
+    case = Attention("hq3@p16", 64, 1, 2, past=(0, 5, 40, 63), capacity=64)
+    inputs, new = case.inputs(1), (1, 1, 1, 1)
+    y = attend(case, inputs, new, case.clone())
+    times = 1024 // len(new)
+    case.past *= times
+    many = [[tensor.repeat(times, *[1] * (tensor.dim() - 1)) for tensor in cache] for cache in case.caches]
+    walked = attend(case, [x.repeat(times, 1, 1, 1) for x in inputs], new * times, many)
+    assert torch.equal(bits(walked), bits(y.repeat(times, 1, 1, 1)))
 
 
 @pytest.mark.parametrize(

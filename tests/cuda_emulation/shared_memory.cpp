@@ -17,11 +17,13 @@ constexpr uint8_t kPending = 1;   // a copy is under way
 constexpr uint8_t kUnfenced = 2;  // stored, and not fenced for bulk copies
 
 // [nothing] [kMostShared and a page] [nothing]: a block's bytes end where nothing begins, so that
-// loads and stores behind them by pointers fault. Those before them change kUnused.
+// loads and stores behind them by pointers fault. Stores a little before them change kUnused.
 constexpr char kUnused = 0x5A;
+constexpr ptrdiff_t kUnusedBytes = 4096;
 char* mapped = nullptr;
 size_t mapped_bytes = 0, page_bytes = 0;
 char* memory = nullptr;  // of the block
+char* unused = nullptr;
 uint32_t memory_bytes = 0;
 std::vector<uint8_t> states;
 
@@ -230,14 +232,15 @@ void BeginShared(uint32_t bytes) {
   if (!mapped) Map();
   memory_bytes = bytes;
   memory = End() - (bytes + 15) / 16 * 16;
-  memset(Begin(), kUnused, static_cast<size_t>(memory - Begin()));
+  unused = memory - Begin() < kUnusedBytes ? Begin() : memory - kUnusedBytes;
+  memset(unused, kUnused, static_cast<size_t>(memory - unused));
   memset(memory, 0xFF, bytes);
   states.assign(bytes / kGranule + 1, 0);
   bulk.clear();
 }
 
 std::string EndShared() {
-  for (const char* at = Begin(); at < memory; ++at) {
+  for (const char* at = unused; at < memory; ++at) {
     if (*at != kUnused)
       return "a thread wrote " + std::to_string(memory - at) + " bytes before the shared memory";
   }
