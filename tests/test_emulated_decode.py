@@ -29,6 +29,19 @@ def test_answers_of_the_oracle(emulated: EmulatedGpu, name: str, head_dim: int, 
     assert_right(case, new, DECODE, LIMIT)
 
 
+@pytest.mark.parametrize(
+    ("name", "head_dim", "group", "new"),
+    [
+        *[("hq4", 256, 8, (1, 1, 1)), ("k=hq4,v=hq3", 128, 2, (2, 1, 2)), ("paper:s96_r4", 64, 4, (1, 1, 1))],
+        *[(MED3, 128, 2, (4, 3, 4)), (MED3, 256, 3, (1, 1, 1))],
+    ],
+)
+def test_other_shapes(emulated: EmulatedGpu, name: str, head_dim: int, group: int, new: tuple[int, ...]) -> None:
+    case = attention_of(name)(name, head_dim, 1, group, past=(62, 130, 200), dtype=torch.float16)
+    with_sinks(case, (4, 4) if case.scheme.key.optimised else (0, 0))
+    assert_right(case, new, DECODE, LIMIT)
+
+
 @pytest.mark.parametrize("window", [70, 0])
 @pytest.mark.parametrize(("name", "head_dim", "group"), [("hq3", 64, 2), ("hq4", 128, 3), (MED3, 64, 8)])
 def test_windows_caps_and_sinks(emulated: EmulatedGpu, name: str, head_dim: int, group: int, window: int) -> None:
