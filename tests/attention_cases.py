@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from hqmq_trt import native, oracle
 from hqmq_trt.oracle.cache import Cache
-from hqmq_trt.scheme import Scheme
+from hqmq_trt.scheme import ROLES, Scheme
 from tests.codec_cases import codebook, lengths
 
 CASES = (
@@ -26,6 +26,8 @@ CASES = (
     ("paper:s5_r8+med3@p16", 20, 1, 2),
 )
 """(scheme, head_dim, KV heads, query heads of each)."""
+SHARES = (0.0, 0.03, 0.3)
+"""Of the chunks of pages 0, 1, 2, …, in turn, that are outliers: none, the usual share, more than there are slots."""
 
 
 @dataclass
@@ -95,6 +97,44 @@ class Attention:
             (key[1], value[1]), (past[0], past[1]), scale, window, softcap, sinks,
         )  # fmt: skip
         return y, [list(cache.values()) for cache in present]
+
+
+@dataclass
+class OutlierAttention(Attention):
+    """K and V about zero, with chunks of six times the size, SHARES of each page."""
+
+    def inputs(self, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v for `tokens` new rows."""
+        q, k, v = super().inputs(tokens, seed)
+        g = torch.Generator().manual_seed(self.seed + seed + 500)
+        page = torch.arange(tokens) // self.scheme.page_size % len(SHARES)
+        share = torch.tensor(SHARES)[page]
+
+        def spread(x: Tensor) -> Tensor:
+            chosen = torch.rand(*x.shape[:3], self.head_dim // 4, generator=g) < share[:, None]
+            return x * (1 + 5 * chosen.repeat_interleave(4, -1))
+
+        return q, spread(torch.randn(k.shape, generator=g).to(k.dtype)), spread(v)
+
+
+def attention_of(name: str) -> type[Attention]:
+    """The cases of a scheme: with outliers if it keeps any."""
+    return OutlierAttention if Scheme.parse(name).key.med3 else Attention
+
+
+def with_sinks(case: Attention, counts: tuple[int, int]) -> None:
+    """Give K and V that many sink tokens. Their exact rows get values of their own and page 0 other codes of these
+    tokens, so that it shows where a kernel reads."""
+    g, page = torch.Generator().manual_seed(1), case.scheme.page_size
+    key, value = (replace(case.scheme.role(name), sink_tokens=n) for name, n in zip(ROLES, counts, strict=True))
+    case.scheme = replace(case.scheme, key=key, value=value)
+    for role, cache in zip((key, value), case.caches, strict=True):
+        count, tail = role.sink_tokens, cache[-1]
+        exact = 2 * torch.randn(*tail.shape[:2], count, case.head_dim, generator=g)
+        cache[-1] = torch.cat([tail[:, :, :page], exact.half()], 2)
+        cache[0][:, :, :count] = cache[0][:, :, 3 : 3 + count].clone()
+        if role.packed:
+            cache[1][:, :, :count] *= 3
 
 
 def bits(tensor: Tensor) -> Tensor:

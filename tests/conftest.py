@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads: the processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads: the 
 import pytest
 import torch
 from filelock import FileLock
+
+if TYPE_CHECKING:
+    from tests.emulated_cuda import EmulatedGpu
 
 HEAD_DIM = 64
 VOCABULARY = 260
@@ -127,3 +130,12 @@ def tiny_export(tiny_model: Callable[[str], Path], shared_folder: Callable[..., 
         return shared_folder(name, lambda folder: export_model(str(tiny_model(arch)), folder, scheme, mode=mode))
 
     return make
+
+
+@pytest.fixture
+def emulated() -> Iterator[EmulatedGpu]:
+    """The CUDA kernels on the CPU: hqmq_trt.cuda takes tensors on the CPU in this test."""
+    from tests.emulated_cuda import emulated_gpu
+
+    with emulated_gpu() as gpu:
+        yield gpu

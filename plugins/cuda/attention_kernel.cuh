@@ -8,6 +8,7 @@
 
 #include "decode_tile.cuh"
 #include "kernels.h"
+#include "ptx.cuh"
 #include "softmax_state.cuh"
 
 namespace hqmq {
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kAttentionThreads, R == 1   ? 4
                                                      : R == 2 ? 3
                                                               : 2)
     AttendKernel(const __grid_constant__ AttentionJob job) {
-  extern __shared__ float4 shared[];
+  HQMQ_DYNAMIC_SHARED(shared);
   __shared__ OutlierScratch outliers;
   constexpr int kRows = R * kAttentionWarps;
   const RoleParams& role = job.key.role;

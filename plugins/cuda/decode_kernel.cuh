@@ -329,7 +329,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
 template <class Key, class Value, int D, int kColumns>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeJob job) {
-  extern __shared__ float4 shared[];
+  HQMQ_DYNAMIC_SHARED(shared);
   // Where it could never be launched, it need not be compiled.
   using Memory = Arena<Key, Value, D, kColumns>;
   if constexpr (!Key::kPageMeans) {

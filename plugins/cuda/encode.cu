@@ -70,7 +70,7 @@ __device__ __forceinline__ bool FillingPiece(const EncodeJob& job, int item, Pie
 template <int D, bool kFilter, class Shown>
 __global__ void __launch_bounds__(kEncodeThreads, BlocksAnSm(D))
     EncodeKernel(const __grid_constant__ EncodeJob job) {
-  extern __shared__ float4 dynamic[];
+  HQMQ_DYNAMIC_SHARED(dynamic);
   ptx::GridTrigger();
   StartAppend(job, blockIdx.x, gridDim.x, kEncodeThreads);
   const bool one = job.append.call.tokens == 1;

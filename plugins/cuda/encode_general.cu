@@ -198,7 +198,7 @@ __device__ void CopyPage(const RoleView& view, const Span& span, int b, int h, i
 // One page that fills in this call, of one head: blockIdx.x = lane * most + i; role blockIdx.y.
 __global__ void __launch_bounds__(kThreads, 2)
     EncodeGeneralKernel(const __grid_constant__ EncodeJob whole) {
-  extern __shared__ float4 shared[];
+  HQMQ_DYNAMIC_SHARED(shared);
   ptx::GridTrigger();
   const AppendJob& job = whole.append;
   const int which = whole.role + blockIdx.y;

@@ -40,7 +40,8 @@ Status Launch(void (*kernel)(Job), dim3 grid, int threads, size_t shared, cudaSt
                                  static_cast<int>(shared));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, threads, shared, stream>>>(job);
+    void* arguments[] = {const_cast<Job*>(&job)};
+    cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, shared, stream);
     error = cudaGetLastError();
   }
   if (error == cudaSuccess) return {};

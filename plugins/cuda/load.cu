@@ -1,6 +1,7 @@
 // HqmqDequantize on the GPU.
 #include "decode_tile.cuh"
 #include "kernels.h"
+#include "ptx.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -10,7 +11,7 @@ constexpr int kThreads = 128;
 
 // One page of one head: blockIdx.x over [B, H, M].
 __global__ void __launch_bounds__(kThreads) LoadKernel(const __grid_constant__ LoadJob job) {
-  extern __shared__ float4 shared[];
+  HQMQ_DYNAMIC_SHARED(shared);
   __shared__ OutlierScratch outliers;
   float* tile = reinterpret_cast<float*>(shared);
   const RoleView& view = job.view;

@@ -11,7 +11,7 @@ template <int D>
 __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 2)
     PrefillKernel(const __grid_constant__ PrefillJob job) {
   using Shape = PrefillShape<D>;
-  extern __shared__ float4 dynamic[];
+  HQMQ_DYNAMIC_SHARED(dynamic);
   PrefillShared<D>* shared = reinterpret_cast<PrefillShared<D>*>(dynamic);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int split = blockIdx.y;

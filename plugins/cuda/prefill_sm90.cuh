@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
     Sm90Kernel(const __grid_constant__ PrefillJob job) {
 #ifdef HQMQ_WARPGROUPS
   using Shape = Sm90Shape<D>;
-  extern __shared__ float4 dynamic[];
+  HQMQ_DYNAMIC_SHARED(dynamic);
   const uint32_t start = ptx::SharedAddress(dynamic);
   auto* shared = reinterpret_cast<Sm90Shared<D>*>(reinterpret_cast<char*>(dynamic) +
                                                   ((1024 - (start & 1023)) & 1023));

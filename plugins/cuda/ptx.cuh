@@ -1,12 +1,17 @@
-// The PTX that the decode kernels use, one small function an instruction. Nothing else holds inline
-// assembly, so that a host emulation needs to replace this file only. Shared memory is addressed by
-// 32-bit addresses of the shared window (SharedAddress).
-#pragma once
+// The PTX that the kernels use, one small function an instruction. Nothing but wgmma.cuh holds
+// inline assembly beside it, so that the emulation on the CPU (tests/cuda_emulation) replaces this
+// file only: by its guard. Shared memory is addressed by 32-bit addresses of the shared window
+// (SharedAddress).
+#ifndef HQMQ_PTX_CUH_
+#define HQMQ_PTX_CUH_
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+// Declares `name`, float4[]: the block's dynamic shared memory.
+#define HQMQ_DYNAMIC_SHARED(name) extern __shared__ float4 name[]
 
 namespace hqmq {
 namespace cuda {
@@ -365,3 +370,5 @@ __device__ __forceinline__ void GridTrigger() {
 }  // namespace ptx
 }  // namespace cuda
 }  // namespace hqmq
+
+#endif  // HQMQ_PTX_CUH_

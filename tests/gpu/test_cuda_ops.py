@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from benchmarks.gpu_paths import plain_attention
 from hqmq_trt import cuda, native, native_attention, oracle, torch_ops
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES, Scheme
-from tests.attention_cases import Attention, assert_same_caches, bits, relative_error
+from tests.attention_cases import Attention, assert_same_caches, bits, relative_error, with_sinks
 from tests.codec_cases import activations, codebook, lengths
 
 pytestmark = [
@@ -77,21 +76,6 @@ def attend(
         gpu(q), gpu(k), gpu(v), gpu(past), gpu(new), None if sinks is None else gpu(sinks), case.scheme,
         on_gpu(case.books), caches, case.head_dim**-0.5, window, softcap,
     )  # fmt: skip
-
-
-def with_sinks(case: Attention, counts: tuple[int, int]) -> None:
-    """Give K and V that many sink tokens. Their exact rows get values of their own and page 0 other codes of these
-    tokens, so that it shows where a kernel reads."""
-    g, page = torch.Generator().manual_seed(1), case.scheme.page_size
-    key, value = (replace(case.scheme.role(name), sink_tokens=n) for name, n in zip(ROLES, counts, strict=True))
-    case.scheme = replace(case.scheme, key=key, value=value)
-    for role, cache in zip((key, value), case.caches, strict=True):
-        count, tail = role.sink_tokens, cache[-1]
-        exact = 2 * torch.randn(*tail.shape[:2], count, case.head_dim, generator=g)
-        cache[-1] = torch.cat([tail[:, :, :page], exact.half()], 2)
-        cache[0][:, :, :count] = cache[0][:, :, 3 : 3 + count].clone()
-        if role.packed:
-            cache[1][:, :, :count] *= 3
 
 
 @DTYPES

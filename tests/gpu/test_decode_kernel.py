@@ -8,7 +8,7 @@ serves all groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from unittest import mock
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_paths import attention_path, plain_attention
 from hqmq_trt import cuda, torch_attention
 from hqmq_trt.scheme import Scheme
-from tests.attention_cases import Attention, assert_same_caches, bits
+from tests.attention_cases import Attention, assert_same_caches, attention_of, bits
 from tests.codec_cases import lengths
 
 pytestmark = [
@@ -40,8 +40,6 @@ GROUPS = (1, 2, 3, 4, 6, 7, 8, 16)
 TOKENS = (1, 2, 5, 8)
 PRESETS = ("hq3", "hq3.5", "hq4", "hq5")
 MED3 = "paper:s96_r4+med3"
-SHARES = (0.0, 0.03, 0.3)
-"""Of the chunks of pages 0, 1, 2, …, in turn, that are outliers: none, the usual share, more than there are slots."""
 CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
     *[("k=hq4,v=hq3.5", head_dim) for head_dim in (64, 128, 256)],
@@ -71,29 +69,6 @@ SINK_CASES = [
 """Schemes, head_dim and how many first tokens are exact."""
 LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
 """Of the relative error. Rounding y to bfloat16 alone gives 1.7e-3."""
-
-
-@dataclass
-class OutlierAttention(Attention):
-    """K and V about zero, with chunks of six times the size, SHARES of each page."""
-
-    def inputs(self, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v for `tokens` new rows."""
-        q, k, v = super().inputs(tokens, seed)
-        g = torch.Generator().manual_seed(self.seed + seed + 500)
-        page = torch.arange(tokens) // self.scheme.page_size % len(SHARES)
-        share = torch.tensor(SHARES)[page]
-
-        def spread(x: Tensor) -> Tensor:
-            chosen = torch.rand(*x.shape[:3], self.head_dim // 4, generator=g) < share[:, None]
-            return x * (1 + 5 * chosen.repeat_interleave(4, -1))
-
-        return q, spread(torch.randn(k.shape, generator=g).to(k.dtype)), spread(v)
-
-
-def attention_of(name: str) -> type[Attention]:
-    """The cases of a scheme: with outliers if it keeps any."""
-    return OutlierAttention if Scheme.parse(name).key.med3 else Attention
 
 
 class Layer:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from hqmq_trt import cuda, native, oracle
-from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
+from hqmq_trt import cuda, native
+from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import bits
-from tests.codec_cases import activations, codebook, lengths
+from tests.codec_cases import lengths
+from tests.encode_cases import VALUES, Caches, inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
 ]
 
-VALUES = ("model", "ties", "wide")
 # By rows in registers (docs/kernels.md), by a block a page; with and without the filter.
 FAST = [
     *[(name, head_dim) for name in ("hq3", "hq3.5", "hq4", "hq5", "paper:s96_r4") for head_dim in (64, 128, 256)],
@@ -40,53 +38,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.
 def gpu(tensor: Tensor) -> Tensor:
     """A copy on the GPU."""
     return tensor.cuda()
-
-
-def inputs(values: str, *shape: int) -> Tensor:
-    """float32 [B, H, T, D]. ties: few values, equal chunks and tokens; wide: fp16 subnormals to its largest values."""
-    g = torch.Generator().manual_seed(shape[-1])
-    if values == "model":
-        return activations(*shape).clamp(-6e4, 6e4)
-    if values == "ties":
-        x = torch.randint(-1, 2, shape, generator=g).float()
-        x[..., : shape[-1] // 2] *= 0.5
-        x[:, :, ::3, 4:8] = 1.0
-        x[:, :, 1::5] = 0
-        x[:, :, 2::7] = 1
-        return x
-    x = torch.randn(shape, generator=g) * torch.exp(6 * torch.randn(shape[:-1], generator=g))[..., None]
-    x[:, :, ::4] *= 2.0**-22
-    x[:, :, 1::9] = 6e4
-    x[:, :, 3::8, :4] = 5e4
-    x[:, :, 5::8, 8:] = 0
-    x[:, :, 6::8] = 6e-8
-    x[:, :, 7::16, 1:] = 0
-    return x.clamp(-6e4, 6e4)
-
-
-class Caches:
-    """A cache on the host and one on the GPU that take the same calls."""
-
-    def __init__(
-        self, name: str, role_name: str, head_dim: int, heads: int, batch: int, tokens: int, sinks: int | None = None
-    ) -> None:
-        scheme = Scheme.parse(name)
-        self.page = scheme.page_size
-        role = scheme.role(role_name)
-        self.role: RoleScheme = role if sinks is None else replace(role, sink_tokens=sinks)
-        self.book = codebook(self.role, heads, role_name)
-        pages = -(-tokens // self.page)
-        self.host = list(oracle.empty_cache(self.role, self.page, head_dim, heads, batch, pages).values())
-        self.host[-1].normal_(generator=torch.Generator().manual_seed(tokens))  # rows nobody writes must stay
-        self.device = [gpu(tensor) for tensor in self.host]
-
-    def append(self, x: Tensor, past: list[int], new: list[int]) -> None:
-        """x [B, H, T, D] on the host, and bit for bit the same cache afterwards."""
-        native.append(x, lengths(*past), lengths(*new), self.role, self.book, self.host)
-        book = [gpu(tensor) for tensor in self.book]
-        cuda.append(gpu(x), gpu(lengths(*past)), gpu(lengths(*new)), self.role, book, self.device)
-        different = [int((bits(a) != bits(b.cpu())).sum()) for a, b in zip(self.host, self.device, strict=True)]
-        assert sum(different) == 0, f"differing words by tensor: {different} of {[a.numel() for a in self.host]}"
 
 
 @DTYPES
