@@ -1,4 +1,4 @@
-"""Host references of GPU tests use a few cores only: their operations are small, and more threads would spin."""
+"""What GPU tests share. Host references use a few cores only: their operations are small, more threads would spin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from hqmq_trt import native
+from hqmq_trt import cuda, native
 from hqmq_trt.errors import HqmqError
 
 THREADS = 2
@@ -25,3 +25,12 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
     with suppress(HqmqError):
         native.set_num_threads(0)
+
+
+@pytest.fixture
+def clean_status() -> Iterator[None]:
+    """In a test, nothing happens that the kernels count: tokens that are not finite, or find no page."""
+    device = torch.device("cuda", 0)
+    cuda.clear_status(device)
+    yield
+    assert cuda.status(device)[:2] == (0, 0)

@@ -1,12 +1,21 @@
-"""What tests of TensorRT need of a machine."""
+"""What tests need of a machine with a GPU."""
 
 from __future__ import annotations
 
 import importlib.util
 
+import pytest
 import torch
 
+from hqmq_trt import cuda
 from hqmq_trt.errors import HqmqError
+
+KERNEL_TESTS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
+]
+"""Marks of tests that call the kernels through libhqmq_cuda.so."""
 
 QUICK = 1
 """TensorRT's optimisation level for engines of tests: what they compute is tried, not how fast."""

@@ -15,12 +15,9 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import Attention, assert_same_caches, bits, relative_error, with_sinks
 from tests.codec_cases import activations, codebook, lengths
+from tests.gpu.requirements import KERNEL_TESTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
-]
+pytestmark = KERNEL_TESTS
 
 LENGTHS = (1, 63, 64, 65, 200, 4097)
 CODECS = [

@@ -7,39 +7,39 @@ serves all groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import lru_cache
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_paths import attention_path, plain_attention
+from benchmarks.gpu_paths import attention_path
 from hqmq_trt import cuda, torch_attention
 from hqmq_trt.scheme import Scheme
-from tests.attention_cases import Attention, assert_same_caches, attention_of, bits
+from tests.attention_cases import assert_same_caches, attention_of, bits
 from tests.codec_cases import lengths
+from tests.gpu.decode_layer import (
+    CAPACITY,
+    DEVICE,
+    GROUPS,
+    HEADS,
+    LENGTHS,
+    LIMITS,
+    MED3,
+    PRESETS,
+    SINKS,
+    TOKENS,
+    Layer,
+    assert_close,
+    fast,
+    held,
+    layer,
+    sink_ends,
+)
+from tests.gpu.requirements import KERNEL_TESTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
-]
+pytestmark = [*KERNEL_TESTS, pytest.mark.usefixtures("clean_status")]
 
-DEVICE = "cuda"
-DECODE = 1  # enum hqmq_cuda_path
-LENGTHS = (1, 63, 64, 65, 4097, 130, 1000, 2377, 129)
-"""Tokens a sequence holds after the call."""
-SINKS = 4
-"""First tokens that the presets keep exact."""
-CAPACITY = 4352
-HEADS = 2
-GROUPS = (1, 2, 3, 4, 6, 7, 8, 16)
-TOKENS = (1, 2, 5, 8)
-PRESETS = ("hq3", "hq3.5", "hq4", "hq5")
-MED3 = "paper:s96_r4+med3"
 CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
     *[("k=hq4,v=hq3.5", head_dim) for head_dim in (64, 128, 256)],
@@ -61,108 +61,6 @@ PLAIN = {
     "k=hq:s170_r4-sinks,v=hq4": "different numbers of first tokens",
 }
 """Schemes that the fused kernel leaves to the plain ones, and words of the reason."""
-SINK_CASES = [
-    *[("hq3", 128, 4), ("hq4", 128, 4), ("hq3.5", 64, 4), ("hq5", 64, 4), ("hq4", 256, 4), ("k=hq4,v=hq3", 128, 4)],
-    *[("k=hq4,v=hq3.5", 128, 4), ("k=hq4,v=hq3.5", 256, 4), (MED3, 128, 4), (MED3, 64, 0)],
-    *[("hq4@p16", 64, 8), ("hq3@p16", 128, 1), ("hq5@p128", 128, 8), ("hq3.5@p32", 256, 3), ("hq3", 128, 0)],
-]
-"""Schemes, head_dim and how many first tokens are exact."""
-LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
-"""Of the relative error. Rounding y to bfloat16 alone gives 1.7e-3."""
-
-
-class Layer:
-    """One layer on the GPU: caches that hold the longest of `ends` in every sequence, and inputs of GROUPS[-1].
-
-    K and V keep `sinks` first tokens exact (None: SINKS for our schemes, 0 for the paper's), as values of their own,
-    so that it shows whether codes or exact rows are read, and which.
-    """
-
-    def __init__(self, name: str, head_dim: int, ends: tuple[int, ...] = LENGTHS, sinks: int | None = None) -> None:
-        scheme, self.head_dim, self.ends = Scheme.parse(name), head_dim, ends
-        if sinks is None:
-            sinks = SINKS if scheme.key.optimised else 0
-        key, value = (replace(role, sink_tokens=sinks) for role in (scheme.key, scheme.value))
-        self.scheme = replace(scheme, key=key, value=value)
-        past = (max(ends),) * len(ends)
-        case = attention_of(name)(name, head_dim, HEADS, GROUPS[-1], past=past, capacity=CAPACITY)
-        self.books = [[book.to(DEVICE) for book in role] for role in case.books]
-        g = torch.Generator().manual_seed(1)
-        for cache in case.caches:
-            tail = cache[-1]
-            exact = 2 * torch.randn(*tail.shape[:2], sinks, head_dim, generator=g)
-            cache[-1] = torch.cat([tail[:, :, : scheme.page_size], exact.half()], 2)
-        self.caches = [[tensor.to(DEVICE) for tensor in role] for role in case.caches]
-        self.q, self.k, self.v = (x.to(DEVICE) for x in case.inputs(max(TOKENS)))
-
-    def inputs(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """q of the largest group, k and v."""
-        q, k, v = (x[:, :, :tokens].to(dtype).contiguous() for x in (self.q, self.k, self.v))
-        return q, k, v
-
-    def clone(self) -> list[list[Tensor]]:
-        """Caches that a call may change."""
-        return [[tensor.clone() for tensor in role] for role in self.caches]
-
-    def of_group(self, x: Tensor, group: int) -> Tensor:
-        """The first `group` query heads of each KV head of [B, HEADS * GROUPS[-1], T, D]."""
-        return x.unflatten(1, (HEADS, -1))[:, :, :group].flatten(1, 2).contiguous()
-
-    def attend(
-        self, inputs: tuple[Tensor, Tensor, Tensor], past: Tensor, new: Tensor, caches: list[list[Tensor]],
-        sinks: Tensor | None = None, window: int = 0, softcap: float = 0.0, reference: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """y of the kernels, or of float32 torch; both code pages that fill with the library, so that bytes agree."""
-        q, k, v = (x.float() for x in inputs) if reference else inputs
-        rest = (past, new, sinks, self.scheme, self.books, caches, self.head_dim**-0.5, window, softcap)
-        if not reference:
-            return cuda.attend(q, k, v, *rest)
-        with mock.patch.object(torch_attention, "append", cuda.append):
-            return torch_attention.attend(q, k, v, *rest)
-
-
-@lru_cache(maxsize=2)
-def layer(name: str, head_dim: int, ends: tuple[int, ...] = LENGTHS, sinks: int | None = None) -> Layer:
-    """Made once for the tests that follow one another."""
-    return Layer(name, head_dim, ends, sinks)
-
-
-def held(tokens: int, ends: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
-    """past_length and new_length of a call after which sequences hold `ends`."""
-    new = [min(tokens, length) for length in ends]
-    past = [length - count for length, count in zip(ends, new, strict=True)]
-    return lengths(*past).to(DEVICE), lengths(*new).to(DEVICE)
-
-
-def sink_ends(page: int) -> tuple[int, ...]:
-    """Tokens after a call, around the first ones, around the first pages and far from both."""
-    first = (*range(1, 6), 8, 9, 12)
-    return *first, *range(page - 1, page + 10), 2 * page - 1, 2 * page, 2 * page + 1, 2 * page + 5, 12 * page + 3
-
-
-def assert_close(y: Tensor, expected: Tensor, new: Tensor, limit: float) -> None:
-    """Assert that every sequence follows the reference and that rows without a token are 0."""
-    assert y.isfinite().all()
-    row = torch.arange(y.shape[2], device=y.device)
-    given = (row < new[:, None])[:, None, :, None]
-    assert not (y * ~given).any()
-    error = ((y.float() - expected) * given).flatten(1).norm(dim=1)
-    size = (expected * given).flatten(1).norm(dim=1)
-    assert (error <= limit * size).all(), f"relative errors by sequence: {(error / size).tolist()}"
-
-
-@pytest.fixture(autouse=True)
-def _clean_status() -> Iterator[None]:
-    cuda.clear_status(DEVICE)
-    yield
-    assert cuda.status(DEVICE)[:2] == (0, 0)
-
-
-def fast(q: Tensor, k: Tensor, scheme: Scheme) -> bool:
-    """Whether the fused decode kernel takes a call with these q and k."""
-    path, why = attention_path(q, k, CAPACITY // scheme.page_size, scheme)
-    assert path or why
-    return path == DECODE
 
 
 @pytest.mark.parametrize(("name", "head_dim"), CASES)
@@ -303,87 +201,6 @@ def test_a_captured_graph_serves_all_lengths(name: str, tokens: int, around: boo
         assert torch.equal(bits(y), bits(expected))
 
 
-@pytest.mark.parametrize(("name", "head_dim", "sinks"), SINK_CASES)
-def test_the_first_tokens_are_exact(name: str, head_dim: int, sinks: int) -> None:
-    """Sequences of fewer tokens, calls that go from page 0 to page 1, windows that hide some of these tokens."""
-    page = Scheme.parse(name).page_size
-    ends = sink_ends(page)
-    case = layer(name, head_dim, ends, sinks)
-    for tokens in range(1, 9):
-        past, new = held(tokens, ends)
-        ragged = (new - torch.arange(len(ends), device=DEVICE) % tokens).clamp(min=0).int()
-        q, k, v = case.inputs(tokens, torch.float16)
-        for window, count in ((0, new), (0, ragged), (1, new), (5, new), (page, ragged), (page + 2, new)):
-            present = case.clone()
-            expected = case.attend((q, k, v), past, count, present, window=window, reference=True)
-            for group in (1, 4, 7):
-                rows, caches = case.of_group(q, group), case.clone()
-                assert fast(rows, k, case.scheme)
-                y = case.attend((rows, k, v), past, count, caches, window=window)
-                assert_close(y, case.of_group(expected, group), count, LIMITS[torch.float16])
-                assert_same_caches(caches, present)
-            with plain_attention():
-                plain = case.attend((rows, k, v), past, count, case.clone(), window=window)
-            assert_close(y, plain.float(), count, LIMITS[torch.float16])
-
-
-@pytest.mark.parametrize("window", [0, 3, 18])
-@pytest.mark.parametrize(("name", "head_dim"), [("hq4@p16", 64), ("hq3@p16", 128)])
-def test_the_first_tokens_are_those_of_the_oracle(name: str, head_dim: int, window: int) -> None:
-    past = (0, 1, 3, 4, 5, 8, 11, 15, 16, 17, 31, 32, 100)
-    case = Attention(name, head_dim, 1, 4, past=past, dtype=torch.float16)
-    g = torch.Generator().manual_seed(1)
-    for cache in case.caches:
-        cache[-1][:, :, 16:] = 2 * torch.randn(cache[-1][:, :, 16:].shape, generator=g)
-    q, k, v = case.inputs(8)
-    new = lengths(*[8 - b % 5 for b in range(len(past))])
-    expected, _ = case.oracle(q, k, v, new, head_dim**-0.5, window)
-    books, caches = ([[x.to(DEVICE) for x in role] for role in part] for part in (case.books, case.caches))
-    assert fast(q, k, case.scheme)
-    q, k, v, held_, count = (x.to(DEVICE) for x in (q, k, v, lengths(*past), new))
-    y = cuda.attend(q, k, v, held_, count, None, case.scheme, books, caches, head_dim**-0.5, window)
-    assert_close(y.cpu(), expected, new, LIMITS[torch.float16])
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_codes_of_the_first_tokens_are_not_read_from_later_pages(name: str) -> None:
-    ends = tuple(length for length in sink_ends(64) if length >= 72)
-    case = layer(name, 128, ends)
-    spoiled = case.clone()
-    for codes, scales, *_ in spoiled:
-        codes[:, :, :SINKS] = -1
-        scales[:, :, :SINKS] = torch.nan
-    for tokens, window in ((1, 0), (5, 0), (8, 70)):
-        past, new = held(tokens, ends)
-        q, k, v = case.inputs(tokens, torch.float16)
-        q = case.of_group(q, 4)
-        y = case.attend((q, k, v), past, new, case.clone(), window=window)
-        caches = [[tensor.clone() for tensor in role] for role in spoiled]
-        assert torch.equal(bits(case.attend((q, k, v), past, new, caches, window=window)), bits(y))
-
-
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_nan_in_an_exact_row_reaches_the_queries_that_see_it(tokens: int, window: int) -> None:
-    case = layer("hq3", 128)
-    past, new = held(tokens)
-    q, k, v = case.inputs(tokens, torch.float16)
-    q = case.of_group(q, 4)
-    i = torch.arange(tokens, device=DEVICE)
-    time, page = past[:, None] + i, case.scheme.page_size
-    sees = (i < new[:, None]) & (time >= page)
-    if window:
-        sees &= time - window < 2
-    assert sees.any()
-    for role in (0, 1):
-        caches = case.clone()
-        caches[role][-1][:, :, page + 2, 3] = torch.nan
-        y = case.attend((q, k, v), past, new, caches, window=window)
-        assert torch.equal(y[..., 3].isnan(), sees[:, None].expand(y.shape[:3]))
-        others = y[..., [0, 127]].isnan().any(-1)
-        assert torch.equal(others, sees[:, None].expand(y.shape[:3]) if role == 0 else torch.zeros_like(others))
-
-
 @pytest.mark.parametrize("name", [*PRESETS, MED3])
 def test_many_sequences_and_heads(name: str) -> None:
     """More problems than multiprocessors, of random lengths."""
@@ -403,53 +220,6 @@ def test_many_sequences_and_heads(name: str) -> None:
         inputs = (q.float(), k.float(), v.float(), held_, new)
         expected = torch_attention.attend(*inputs, None, scheme, books, copies, 128**-0.5, 0, 0.0)
     assert_close(y, expected, new, LIMITS[torch.float16])
-
-
-def outliers(case: Layer) -> tuple[Tensor, Tensor]:
-    """Outliers of the pages that all sequences hold in full, of K and V: kept, and without a slot."""
-    kept, dropped = [], []
-    for _, _, mask, _, _ in case.caches:
-        words = mask[:, :, : max(case.ends) // case.scheme.page_size].cpu()
-        bits_of = words[..., :-1].contiguous().view(torch.uint8)
-        kept.append(sum((bits_of >> i & 1).sum(-1) for i in range(8)))
-        dropped.append(words[..., -1])
-    return torch.stack([torch.as_tensor(x) for x in kept]), torch.stack(dropped)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_layers_with_outliers_have_pages_of_all_kinds(head_dim: int) -> None:
-    """What the tests of MED3 above rely on."""
-    case = layer(MED3, head_dim)
-    kept, dropped = outliers(case)
-    chunks = case.scheme.page_size * head_dim // 4
-    capacity = case.scheme.key.outlier_capacity(head_dim, case.scheme.page_size)
-    assert (kept[..., ::3] == 0).any()
-    usual = kept[..., 1::3].float().mean() / chunks
-    assert 0.02 < usual < 0.05
-    assert (kept[..., 2::3] == capacity).any()
-    assert (dropped[..., 2::3] > 0).any()
-
-
-@pytest.mark.parametrize("role", [0, 1])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_outliers_of_any_size(head_dim: int, role: int) -> None:
-    """Values that are far beyond 65504 times their token's scale, beside tokens whose other chunks are 0."""
-    case = layer(MED3, head_dim)
-    caches = case.clone()
-    values, scales = caches[role][3], caches[role][1]
-    scales *= 2.0**-12
-    scales[:, :, 5::9] = 0
-    values *= 2.0**-6 if role == 0 else 2.0**9
-    assert values.isfinite().all()
-    for tokens, group in ((1, 4), (5, 7)):
-        past, new = held(tokens)
-        q, k, v = case.inputs(tokens, torch.float16)
-        copies = [[tensor.clone() for tensor in each] for each in caches]
-        expected = case.attend((q, k, v), past, new, copies, reference=True)
-        q = case.of_group(q, group)
-        assert fast(q, k, case.scheme)
-        y = case.attend((q, k, v), past, new, [[tensor.clone() for tensor in each] for each in caches])
-        assert_close(y, case.of_group(expected, group), new, LIMITS[torch.float16])
 
 
 def test_calls_it_does_not_take_are_served_by_the_plain_kernels() -> None:

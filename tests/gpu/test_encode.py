@@ -11,12 +11,9 @@ from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import bits
 from tests.codec_cases import lengths
 from tests.encode_cases import VALUES, Caches, inputs
+from tests.gpu.requirements import KERNEL_TESTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
-]
+pytestmark = KERNEL_TESTS
 
 # By rows in registers (docs/kernels.md), by a block a page; with and without the filter.
 FAST = [

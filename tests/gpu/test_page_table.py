@@ -15,13 +15,10 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES
 from tests.attention_cases import Attention, bits, relative_error
 from tests.codec_cases import lengths
+from tests.gpu.requirements import KERNEL_TESTS
 from tests.paged_cases import Paged, assert_same_pages, assert_untouched, paged, pages_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
-]
+pytestmark = KERNEL_TESTS
 
 DEVICE = "cuda"
 FUSED = ("hq3", "hq4", "k=hq4,v=hq3", "paper:s96_r4+med3", "hq3@p16", "hq5@p32")

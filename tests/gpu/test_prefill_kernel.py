@@ -23,12 +23,9 @@ from hqmq_trt.native_attention import AttentionParams
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import Attention, assert_same_caches, bits
 from tests.codec_cases import lengths
+from tests.gpu.requirements import KERNEL_TESTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
-]
+pytestmark = KERNEL_TESTS
 
 DEVICE = "cuda"
 PREFILL = 2  # enum hqmq_cuda_path

@@ -13,12 +13,9 @@ from benchmarks.gpu_paths import attention_path
 from hqmq_trt import cuda, native_attention
 from tests.attention_cases import Attention, assert_same_caches, bits, relative_error
 from tests.codec_cases import lengths
+from tests.gpu.requirements import KERNEL_TESTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-    pytest.mark.skipif(not cuda.available(), reason="libhqmq_cuda.so is not built"),
-]
+pytestmark = KERNEL_TESTS
 PAST, CAPACITY = (0, 63, 64, 190, 2, 700), 896
 CASES = [
     # A step: all lengths at once; pages that fill; several new tokens; more query rows than a block of them.
