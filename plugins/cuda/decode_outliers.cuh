@@ -309,6 +309,7 @@ struct TileOutliers {
       __syncwarp();  // the round before is read
       total[role] = MakeRound(job, pages, tile, role, round, lists[0], lists[1], lane);
     }
+    ptx::CopyCommit();  // copies of no group are not waited for
     ptx::CopyWait<0>();
     __syncwarp();
   }
