@@ -124,6 +124,7 @@ struct Feed {
     cursor.item = items.begin - 1;
     cursor.end_item = items.end;
     NextItem(job, warp, first, index);
+    if constexpr (Key::kCompact) Fill(job, first, index, warp, lane);
     for (int i = 0; i + 1 < job.stages; ++i) Fill(job, first, index, warp, lane);
   }
 
@@ -218,11 +219,20 @@ struct Feed {
   }
 
   // Waits for the oldest stage. parity: of the times it was used. All lanes have done with the one
-  // before it.
+  // before it, which the next call of Fill overwrites (compact instances: they fill it themselves).
   __device__ __forceinline__ void Wait(const DecodeJob& job, uint32_t stage, uint32_t parity) {
     if constexpr (ptx::kBulkCopies) {
       ptx::BarrierWait(stage + S::kBarrier, parity);
-    } else if (job.stages == 2) {  // all but the groups of the stages after this one
+    } else if (Key::kCompact) {  // all but the groups of the stages after this one
+      if (job.stages == 1)
+        ptx::CopyWait<0>();
+      else if (job.stages == 2)
+        ptx::CopyWait<1>();
+      else if (job.stages == 3)
+        ptx::CopyWait<2>();
+      else
+        ptx::CopyWait<3>();
+    } else if (job.stages == 2) {
       ptx::CopyWait<0>();
     } else if (job.stages == 3) {
       ptx::CopyWait<1>();
