@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "decode_compact.cuh"
+#include "decode_cosets.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {
@@ -61,7 +61,8 @@ struct Pair {
 
 template <class Key, class Value, int D, int kColumns>
 constexpr Pair Both() {
-  return {Make<Key, Value, D, kColumns>(), Make<Compact<Key>, Compact<Value>, D, kColumns>()};
+  return {Make<Key, Value, D, kColumns>(),
+          Make<CompactOf<Key, D>, CompactOf<Value, D>, D, kColumns>()};
 }
 
 // The first one that fits runs.

@@ -6,8 +6,8 @@
 namespace hqmq {
 namespace cuda {
 
-// Compact instances are compiled for GPUs with less memory than an H100, or for all, so that an H100
-// can test them.
+// Compact instances are compiled for GPUs with less memory than an H100, or for all, so that an
+// H100 can test them.
 #ifdef HQMQ_DECODE_COMPACT_EVERYWHERE
 constexpr bool kCompactEverywhere = true;
 #else
@@ -93,7 +93,7 @@ struct Arena {
 template <class Key, class Value, int D, int kColumns>
 struct CompactArena {
   static_assert(Key::kCompact && Value::kCompact, "both roles are compact");
-  static constexpr bool kOneTable = Tables<Key, Value>::kTurned;
+  static constexpr bool kOneTable = Tables<Key, Value>::kTurned && Key::kOneTable;
   static constexpr bool kSharedStates = false;
   // As many as there are where memory is larger: the order of sums depends on it.
   static constexpr int kRings =
@@ -104,9 +104,9 @@ struct CompactArena {
   __host__ __device__ constexpr CompactArena(uint32_t start, uint32_t stages, uint32_t key_copies,
                                              uint32_t value_copies)
       : tables{Aligned(start, 128),
-               Aligned(start, 128) + (kOneTable ? 0 : 8 * Key::kWords * key_copies)},
+               Aligned(start, 128) + (kOneTable ? 0 : Key::TableBytes(key_copies))},
         ring_bytes(stages * Stage<Key, Value, D>::kBytes),
-        rings(tables[1] + 8 * Value::kWords * value_copies),
+        rings(tables[1] + Value::TableBytes(value_copies)),
         shared(Aligned(rings + kRings * ring_bytes, kLevelBytes)) {}
   static __device__ __forceinline__ CompactArena Of(const DecodeJob& job, uint32_t start) {
     return CompactArena(start, job.stages, job.copies[0], job.copies[1]);
@@ -119,12 +119,12 @@ struct CompactArena {
 
   // Bytes to ask for. A code beyond the codebook, in a damaged cache, reads what lies behind a
   // table: this much must be the block's.
-  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages, uint32_t key_copies, uint32_t value_copies) {
+  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages, uint32_t key_copies,
+                                                      uint32_t value_copies) {
     const CompactArena arena(kMostStart, stages, key_copies, value_copies);
-    const uint32_t end =
-        arena.QueryChunks() + (Key::kOutliers ? QueryChunkBytes(D, kColumns) : 0);
-    const uint32_t key_end = arena.tables[0] + (8 * key_copies << Key::kIndexBits);
-    const uint32_t value_end = arena.tables[1] + (8 * value_copies << Value::kIndexBits);
+    const uint32_t end = arena.QueryChunks() + (Key::kOutliers ? QueryChunkBytes(D, kColumns) : 0);
+    const uint32_t key_end = arena.tables[0] + Key::ReachBytes(key_copies);
+    const uint32_t value_end = arena.tables[1] + Value::ReachBytes(value_copies);
     const uint32_t reach = key_end > value_end ? key_end : value_end;
     return (end > reach ? end : reach) - kMostStart;
   }

@@ -89,7 +89,8 @@ struct Codec14 {
     return {{x.z, x.w}, {x.x, x.y}};
   }
 
-  // Nibbles of chunks 4*group… of a slice: bits 9 and 8 of the index below bits 1 and 0 of the level.
+  // Nibbles of chunks 4*group… of a slice: bits 9 and 8 of the index below bits 1 and 0 of the
+  // level.
   template <int kChunks>
   static __device__ __forceinline__ uint32_t Nibbles(const Slice<kChunks>& slice, int group) {
     return group & 1 ? slice.nibble[group / 2] >> 16 : slice.nibble[group / 2];

@@ -87,10 +87,8 @@ struct Codec20 {
     for (int i = 0; i < kCount; ++i)
       radius[i] = ptx::LoadTable16(ptx::Permute(level, lane.levels, 0x7650u | i));
     if constexpr (kCount == 2) radius[2] = radius[3] = 0;
-    of[0] =
-        ptx::AndXor(nibbles << 12, 0x80008000u, ptx::Permute(radius[0], radius[2], 0x5410));
-    of[1] =
-        ptx::AndXor(nibbles, 0x80008000u, ptx::Permute(radius[1], radius[3], 0x5410));
+    of[0] = ptx::AndXor(nibbles << 12, 0x80008000u, ptx::Permute(radius[0], radius[2], 0x5410));
+    of[1] = ptx::AndXor(nibbles, 0x80008000u, ptx::Permute(radius[1], radius[3], 0x5410));
   }
   static __device__ __forceinline__ uint2 Times(uint2 word, const uint32_t (&radius)[2], int i) {
     return TimesRadius(word, radius[i & 1], i & 2);

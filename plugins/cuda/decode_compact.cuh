@@ -22,9 +22,16 @@ struct Compact : Codec {
   static constexpr int kCodeBits = Codec::kCodeBits;
   // Both roles have one table, whose copies they halve if V's words are not turned ones of K's.
   // (Codec12 has one too, but with words of both.)
-  static constexpr bool kShared = Codec::kTurned;
+  static constexpr bool kShared = Codec::kTurned, kOneTable = Codec::kTurned;
+  static __host__ __device__ constexpr uint32_t TableBytes(uint32_t copies) {
+    return Codec::kWords * 8 * copies;
+  }
+  // From the table's beginning: what codes beyond the codebook, in a damaged cache, read.
+  static __host__ __device__ constexpr uint32_t ReachBytes(uint32_t copies) {
+    return 8 * copies << Codec::kIndexBits;
+  }
   static constexpr int kLeastCopies = Codec::kTurned ? 2 : 1;
-  static constexpr int kMostCopies = kCodeBits == 20 ? 1 : kCodeBits == 16 ? 8 : 16;
+  static constexpr int kMostCopies = kCodeBits == 16 ? 8 : 16;
 
   template <int D>
   static constexpr int kStageTiles = 1;
@@ -39,9 +46,10 @@ struct Compact : Codec {
                                                 uint32_t levels, int lane) {
     return {table, 0, Codec::LaneOf(view, table, levels, lane)};
   }
-  // copies: of the table at address `table`; of them the role has `has`.
-  static __device__ __forceinline__ void UseCopies(uint32_t table, int copies, Copies has, int lane,
-                                                   Lane* out) {
+  // copies: of the table at address `table`; of them the role has `has`. The other address is that
+  // of the levels of the table's role.
+  static __device__ __forceinline__ void UseCopies(uint32_t table, uint32_t, int copies, Copies has,
+                                                   int lane, Lane* out) {
     const int mine = has == Copies::kAll ? copies : copies / 2;
     const int first = has == Copies::kSecondHalf ? mine : 0;
     out->table = table + 8 * (first + (lane & (mine - 1)));
@@ -65,6 +73,10 @@ struct Compact : Codec {
     }
   }
 
+  static __device__ __forceinline__ void FillLevels(const RoleView& view, uint32_t levels, int) {
+    Codec::FillLevels(view, levels);
+  }
+
   // Bits 9 and 8 of the indices of four chunks of 14-bit codes, as bytes.
   template <class Slice>
   static __device__ __forceinline__ uint32_t UpperIndices(const Slice& slice, int group) {
@@ -83,8 +95,7 @@ struct Compact : Codec {
     } else if constexpr (kCodeBits == 14) {
       // Bytes 2 and 3: copies of bit 7 of the upper bits, which is 0.
       const uint32_t byte = i, of_upper = 4 + i, zero = 8 | of_upper;
-      return ptx::Permute(slice.index[group], upper,
-                          zero << 12 | zero << 8 | of_upper << 4 | byte);
+      return ptx::Permute(slice.index[group], upper, zero << 12 | zero << 8 | of_upper << 4 | byte);
     } else {
       constexpr uint32_t kMask = (1u << Codec::kIndexBits) - 1;
       const uint32_t x = slice.codes[2 * group + i / 2];
@@ -94,10 +105,9 @@ struct Compact : Codec {
 
   // As in the codec.
   template <int kRole, int kChunks, int kCount>
-  static __device__ __forceinline__ void Decode(const Lane& lane,
-                                                const typename Codec::Levels& levels,
-                                                const typename Codec::template Slice<kChunks>& slice,
-                                                int group, uint2 (&out)[kCount]) {
+  static __device__ __forceinline__ void Decode(
+      const Lane& lane, const typename Codec::Levels& levels,
+      const typename Codec::template Slice<kChunks>& slice, int group, uint2 (&out)[kCount]) {
     uint32_t radius[2];
     Codec::template Radii<kCount>(lane.own, levels, slice, group, radius);
     const uint32_t upper = UpperIndices(slice, group);

@@ -1,7 +1,7 @@
 // The body of decode_*.cu.
 #pragma once
 
-#include "decode_compact.cuh"
+#include "decode_cosets.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {

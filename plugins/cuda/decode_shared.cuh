@@ -50,31 +50,37 @@ __device__ __forceinline__ bool FillTables(const DecodeJob& job, int h, const ui
                                            int lane, typename Key::Lane* key,
                                            typename Value::Lane* value) {
   const AttentionJob& a = job.attention;
-  Key::FillLevels(a.key, levels[0]);
-  Value::FillLevels(a.value, levels[1]);
+  if constexpr (Key::kCompact) {
+    Key::FillLevels(a.key, levels[0], job.copies[0]);
+    Value::FillLevels(a.value, levels[1], job.copies[1]);
+  } else {
+    Key::FillLevels(a.key, levels[0]);
+    Value::FillLevels(a.value, levels[1]);
+  }
   float4 turn = make_float4(1.0f, 0.0f, 0.0f, 0.0f);
   bool turned = false;
   if constexpr (Tables<Key, Value>::kTurned) {
-    turned = FillBoth<Key>(a.key, a.value, h, &turn,
-                           [&](Copies which, int row, const uint2(&words)[4]) {
-                             if constexpr (Key::kCompact) {
-                               Key::Store(tables[0], job.copies[0], which, row, words);
-                             } else {
-                               constexpr int kBytes = 8 * Key::kCopies;
-                               if (which == Copies::kAll)
-                                 Filling<Key>::template Store<kBytes>(tables[0], row, words);
-                               else if (which == Copies::kFirstHalf)
-                                 Filling<Key>::template Store<kBytes / 2>(tables[0], row, words);
-                               else
-                                 Filling<Key>::template Store<kBytes / 2>(tables[0] + kBytes / 2,
-                                                                          row, words);
-                             }
-                           });
+    turned =
+        FillBoth<Key>(a.key, a.value, h, &turn, [&](Copies which, int row, const uint2(&words)[4]) {
+          if constexpr (Key::kCompact) {
+            const int at = which == Copies::kSecondHalf;
+            Key::Store(tables[at], job.copies[at], which, row, words);
+          } else {
+            constexpr int kBytes = 8 * Key::kCopies;
+            if (which == Copies::kAll)
+              Filling<Key>::template Store<kBytes>(tables[0], row, words);
+            else if (which == Copies::kFirstHalf)
+              Filling<Key>::template Store<kBytes / 2>(tables[0], row, words);
+            else
+              Filling<Key>::template Store<kBytes / 2>(tables[0] + kBytes / 2, row, words);
+          }
+        });
     if constexpr (Key::kCompact) {
-      Key::UseCopies(tables[0], job.copies[0], turned ? Copies::kAll : Copies::kFirstHalf, lane,
-                     key);
-      Value::UseCopies(tables[0], job.copies[0], turned ? Copies::kAll : Copies::kSecondHalf, lane,
-                       value);
+      Key::UseCopies(tables[0], levels[0], job.copies[0],
+                     turned ? Copies::kAll : Copies::kFirstHalf, lane, key);
+      const int at = turned ? 0 : 1;
+      Value::UseCopies(tables[at], levels[at], job.copies[at],
+                       turned ? Copies::kAll : Copies::kSecondHalf, lane, value);
     } else {
       Key::UseCopies(0, turned, lane, key);
       Value::UseCopies(1, turned, lane, value);
@@ -97,8 +103,8 @@ __device__ __forceinline__ bool FillTables(const DecodeJob& job, int h, const ui
                                                            words);
     });
     if constexpr (Key::kCompact) {
-      Key::UseCopies(tables[0], job.copies[0], Copies::kAll, lane, key);
-      Value::UseCopies(tables[1], job.copies[1], Copies::kAll, lane, value);
+      Key::UseCopies(tables[0], levels[0], job.copies[0], Copies::kAll, lane, key);
+      Value::UseCopies(tables[1], levels[1], job.copies[1], Copies::kAll, lane, value);
     }
   }
   if (threadIdx.x == 0) {

@@ -122,11 +122,11 @@ HQMQ_API void hqmq_cuda_use_plain_attention(int32_t on);
 typedef struct hqmq_cuda_decode_memory {
   int32_t head_dim, columns; /* of the instance; columns: query rows that it holds, 4 or 8 */
   int32_t code_bits[2];      /* of K, V */
-  int32_t compact;           /* 1: tables with as many copies as fit, 0: those of GPUs with 227 KB */
-  int32_t built;             /* 1: this library holds the instance */
-  int32_t copies[2];         /* of each word in K's and in V's table (which may be one) */
-  int32_t rings;             /* warps that take coded tiles; the same for every limit */
-  int32_t stages;            /* of each of them, of stage_tiles tiles; 0: nothing fits */
+  int32_t compact;   /* 1: tables with as many copies as fit, 0: those of GPUs with 227 KB */
+  int32_t built;     /* 1: this library holds the instance */
+  int32_t copies[2]; /* of each word in K's and in V's table (which may be one) */
+  int32_t rings;     /* warps that take coded tiles; the same for every limit */
+  int32_t stages;    /* of each of them, of stage_tiles tiles; 0: nothing fits */
   int32_t stage_tiles;
   int32_t shared_states; /* 1: the warps' states, too, 0: they lie in the workspace */
   int32_t shared_bytes;  /* all in all */
