@@ -23,7 +23,9 @@ struct Stage {
   static constexpr int kKeyScales = kValue + kTiles * kValueTile;
   static constexpr int kValueScales = kKeyScales + kTiles * kScalesTile;
   static constexpr int kMean = kValueScales + kTiles * kScalesTile;
-  static constexpr int kBarrier = kMean + (Key::kPageMeans ? 2 * D : 0);
+  // Compact instances of head_dim 256 read means where they lie, as they would take 8 KB.
+  static constexpr bool kMeans = Key::kPageMeans && !(Key::kCompact && D > 128);
+  static constexpr int kBarrier = kMean + (kMeans ? 2 * D : 0);
   static constexpr int kBytes = kBarrier + 16;
 
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
@@ -159,7 +161,7 @@ struct Feed {
                                        int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
-      const bool has_mean = Key::kPageMeans && cursor.means.Has(job, cursor.tile);
+      const bool has_mean = S::kMeans && cursor.means.Has(job, cursor.tile);
       const RoleCache& k = job.attention.key.cache;
       const RoleCache& v = job.attention.value.cache;
       const auto place = [](const void* tensor, uint32_t at, uint32_t size) {

@@ -41,9 +41,9 @@ struct DecodeBlock {
                                               DecodeShared<D>* shared, uint32_t query_chunks,
                                               int warp, int lane) {
     const AttentionJob& a = job.attention;
+    if constexpr (kOutliers || !S::kMeans) pages = PagesOf(job, p.b, p.h);
     if constexpr (kOutliers) {
       outliers.StoreQueries(*shared, query_chunks);
-      pages = PagesOf(job, p.b, p.h);
       if constexpr (!kSharedQuery) __syncthreads();
     }
     if constexpr (kSharedQuery) {
@@ -64,12 +64,14 @@ struct DecodeBlock {
   }
 
   // Every row of the operand is the mean, so that each lane gets the scores of its columns: rows
-  // r from the first and third word of a lane's four, rows r + 8 from the second and fourth.
-  __device__ __forceinline__ void ScoreMean(uint32_t mean, int lane) {
+  // r from the first and third word of a lane's four, rows r + 8 from the second and fourth. load:
+  // 16 bytes of the mean at the sum of two places in bytes.
+  template <class Load>
+  __device__ __forceinline__ void ScoreMean(const Load& load, int lane) {
     float sum[4][4] = {};  // four chains, as each waits for its own sums
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      const uint4 x = ptx::LoadShared128(mean + (lane & 3) * (D / 2) + 16 * i);
+      const uint4 x = load((lane & 3) * (D / 2), 16 * i);
       const uint4 q = query.Two(i);
       ptx::Mma(sum[2 * i % 4], x.x, x.y, x.z, x.w, q.x, q.y);
       ptx::Mma(sum[(2 * i + 1) % 4], x.x, x.y, x.z, x.w, q.z, q.w);
@@ -316,7 +318,23 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
         feed.Wait(job, stage, parity);
         const auto fill = [&] { feed.Fill(job, p, index, warp, lane); };
         if constexpr (!Key::kCompact) fill();
-        if (Key::kPageMeans && means.Has(job, tile)) self.ScoreMean(stage + S::kMean, lane);
+        if (Key::kPageMeans && means.Has(job, tile)) {
+          if constexpr (S::kMeans) {
+            const uint32_t mean = stage + S::kMean;
+            self.ScoreMean(
+                [&](uint32_t at, uint32_t more) { return ptx::LoadShared128(mean + at + more); },
+                lane);
+          } else if (const int page = PageOf(job, self.pages, tile >> job.page_shift);
+                     page != kNoPage) {
+            const char* mean = reinterpret_cast<const char*>(a.key.cache.mean) +
+                               static_cast<int64_t>(page) * 2 * D;
+            self.ScoreMean(
+                [&](uint32_t at, uint32_t more) {
+                  return *reinterpret_cast<const uint4*>(mean + at + more);
+                },
+                lane);
+          }
+        }
         const int count = S::Count(job, tile, tiles.end);
         int part = 0;
 #pragma unroll 1
