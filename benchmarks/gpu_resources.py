@@ -28,12 +28,13 @@ REGISTERS = 65536
 """Of a multiprocessor, and of a block, on sm_80 to sm_120."""
 BOUNDS = {
     # Bytes of the stack frame of a thread: spilled registers and arrays.
-    r"DecodeKernel<.*, (64|128), [48]>": 192,
-    r"DecodeKernel<.*, 256, [48]>": 448,
-    r"EncodeKernel<": 64,
-    r"EncodeKernel\b(?!<)": 64,
-    r"Prefill\w*<": 0,
-    r"DecodeTilesKernel": 0,
+    r"^DecodeKernel<.*, (64|128), [48]>$": 160,
+    r"^DecodeKernel<.*, 256, [48]>$": 320,
+    r"^EncodeKernel<": 64,
+    r"^EncodeGeneralKernel$": 0,
+    r"^PrefillKernel<": 96,
+    r"^Sm90Kernel<": 0,
+    r"^DecodeTilesKernel<": 16,
 }
 """Most bytes of a thread's stack frame by kernel, the first pattern that is found in its name."""
 _MAX_THREADS = 0x05  # EIATTR_MAX_THREADS of .nv.info
@@ -70,7 +71,9 @@ def cuobjdump() -> str:
         folders.append(Path(place) / "backends/nvidia/bin")
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
     if not found:
-        raise HqmqError("cuobjdump is missing: it comes with a CUDA toolkit and with triton, which torch for GPUs needs")
+        raise HqmqError(
+            "cuobjdump is missing: it comes with a CUDA toolkit and with triton, which torch for GPUs needs"
+        )
     return found
 
 
