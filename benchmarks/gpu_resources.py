@@ -28,6 +28,8 @@ REGISTERS = 65536
 """Of a multiprocessor, and of a block, on sm_80 to sm_120."""
 BOUNDS = {
     # Bytes of the stack frame of a thread: spilled registers and arrays.
+    r"^DecodeKernel<Compact<SmallCodec16<8, true>>": 256,
+    r"^DecodeKernel<Cosets<.*, 256, [48]>$": 448,
     r"^DecodeKernel<.*, (64|128), [48]>$": 160,
     r"^DecodeKernel<.*, 256, [48]>$": 320,
     r"^EncodeKernel<": 64,
@@ -200,7 +202,11 @@ def main() -> int:
     kernels: list[Kernel] = []
     optimised = True
     for path in parser.parse_args().files:
-        found, fast = read(path)
+        try:
+            found, fast = read(path)
+        except HqmqError as error:
+            print(error, file=sys.stderr)
+            return 1
         kernels += found
         optimised = optimised and fast
     print(*table(kernels), sep="\n")

@@ -247,7 +247,7 @@ bool PlanDecodeMemory(const AttentionJob& job, int shared_limit, hqmq_cuda_decod
   plan->head_dim = instance.head_dim;
   plan->columns = instance.columns;
   plan->compact = instance.compact;
-  plan->built = instance.run != nullptr;
+  plan->built = !instance.run ? 0 : instance.compact && !kCompactEverywhere ? 1 : 2;
   for (int i = 0; i < 2; ++i) {
     plan->code_bits[i] = instance.code_bits[i];
     plan->copies[i] = choice.memory.copies[i];

@@ -6,9 +6,9 @@
 // 3s + 2: 1, (1+i+j+k)/2, (1+i+j-k)/2 times q), which moves and negates its elements; as RowWords
 // rounds sums of the same pairs for all of them, these are the bits of the word itself.
 //
-// Per chunk an address and the word take 17 instructions and two more wavefronts of shared memory:
-// the index becomes s = n / 12 and w = n - 12 s, and w looks up the coset, e's order of elements
-// and its signs in two lists of 12 numbers, each in a bank of its own.
+// Per chunk an address and the word take about 20 instructions and two more wavefronts of shared
+// memory: the index becomes s = n / 12 and w = n - 12 s, and w looks up the coset, e's order of
+// elements and its signs in two lists of 12 numbers, each in a bank of its own.
 #pragma once
 
 #include "decode_compact.cuh"

@@ -122,8 +122,9 @@ HQMQ_API void hqmq_cuda_use_plain_attention(int32_t on);
 typedef struct hqmq_cuda_decode_memory {
   int32_t head_dim, columns; /* of the instance; columns: query rows that it holds, 4 or 8 */
   int32_t code_bits[2];      /* of K, V */
-  int32_t compact;   /* 1: tables with as many copies as fit, 0: those of GPUs with 227 KB */
-  int32_t built;     /* 1: this library holds the instance */
+  int32_t compact; /* 1: tables with as many copies as fit, 0: those of GPUs with 227 KB */
+  int32_t built;   /* 0: this library lacks the instance, 1: it has it for GPUs with less memory, 2:
+                      for all */
   int32_t copies[2]; /* of each word in K's and in V's table (which may be one) */
   int32_t rings;     /* warps that take coded tiles; the same for every limit */
   int32_t stages;    /* of each of them, of stage_tiles tiles; 0: nothing fits */
