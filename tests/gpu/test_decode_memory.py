@@ -14,6 +14,7 @@ from benchmarks.gpu_paths import DECODE, SHARED_MEMORY, attention_path, decode_p
 from hqmq_trt import cuda
 from hqmq_trt.scheme import Scheme
 from tests.attention_cases import assert_same_caches, bits
+from tests.gpu import test_page_table as pages
 from tests.gpu.test_decode_kernel import CAPACITY, CASES, GROUPS, HEADS, MED3, Layer, held, layer
 
 DEVICE = "cuda"
@@ -92,6 +93,18 @@ def test_values_that_are_not_turned_keys_give_the_same_bits(name: str, head_dim:
     case.books[1][0] = (own / own.norm(dim=-1, keepdim=True)).to(DEVICE)
     for tokens, group, dtype in CALLS:
         assert_same_bits(case, tokens, group, dtype)
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("hq4", 256), ("hq3", 128), ("hq5@p32", 256), (MED3, 128)])
+def test_page_tables_give_the_same_bits(name: str, head_dim: int) -> None:
+    """At head_dim 256 the mean of K is read from the pool, too."""
+    case, plain, pool = pages.layer(name, head_dim)
+    inputs, new = case.inputs(1), (1,) * len(pages.PAST)
+    expected = pages.attend(case, inputs, pages.PAST, new, plain)
+    with shared_memory(SHARED_MEMORY["99 KB"]):
+        pages.expect_path(case, 1, plain=False)
+        y = pages.attend(case, inputs, pages.PAST, new, pool.caches, pool.table)
+    assert torch.equal(bits(y), bits(expected))
 
 
 @pytest.mark.parametrize("limit", range(48 << 10, 232448, 23 << 10))
