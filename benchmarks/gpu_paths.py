@@ -1,10 +1,10 @@
-"""Which kernel of libhqmq_cuda attends, for benchmarks and tests: ask, or force the plain ones."""
+"""Which kernel of libhqmq_cuda attends, for benchmarks and tests: ask, force the plain ones, or take memory away."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,31 @@ from hqmq_trt.scheme import ROLES, Scheme
 
 DECODE = 1
 """enum hqmq_cuda_path: the fused decode kernel."""
+SHARED_MEMORY = {"99 KB": 101376, "163 KB": 166912, "227 KB": 232448}
+"""Bytes that a block may have: of sm_86, 89 and 120; of sm_80 and 87; of sm_90 and 100."""
+
+
+class DecodeMemory(Structure):
+    """hqmq_cuda_decode_memory of plugins/cuda/hqmq_cuda.h: what a block of the fused decode kernel keeps."""
+
+    head_dim: int
+    columns: int
+    compact: int
+    built: int
+    rings: int
+    stages: int
+    stage_tiles: int
+    shared_states: int
+    shared_bytes: int
+    _fields_ = [
+        *[(name, c_int32) for name in ("head_dim", "columns")],
+        ("code_bits", c_int32 * 2),
+        *[(name, c_int32) for name in ("compact", "built")],
+        ("copies", c_int32 * 2),
+        *[(name, c_int32) for name in ("rings", "stages", "stage_tiles", "shared_states", "shared_bytes")],
+    ]
+
+
 _ROLES = [POINTER(RoleParams)] * 2
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hqmq_cuda_attention_path": (
@@ -24,6 +49,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [POINTER(AttentionParams), *_ROLES, c_int32, POINTER(c_int32), POINTER(c_char_p)],
     ),
     "hqmq_cuda_use_plain_attention": (None, [c_int32]),
+    "hqmq_cuda_limit_shared_memory": (None, [c_int32]),
+    "hqmq_cuda_decode_plan": (
+        c_int,
+        [POINTER(AttentionParams), *_ROLES, c_int32, POINTER(DecodeMemory), POINTER(c_char_p)],
+    ),
 }
 
 
@@ -65,3 +95,38 @@ def plain_attention(on: bool = True) -> Iterator[None]:
         yield
     finally:
         use_kernels(0)
+
+
+def decode_plan(
+    scheme: Scheme, head_dim: int, rows: int, shared_limit: int, heads: int = 8, batch: int = 1
+) -> tuple[DecodeMemory, str]:
+    """What the fused decode kernel would keep in a block's shared memory; needs no GPU.
+
+    Args:
+        scheme: of the cache.
+        head_dim: of K and V.
+        rows: query heads of a KV head, of one new token.
+        shared_limit: bytes of shared memory that the GPU gives a block, see SHARED_MEMORY.
+        heads: KV heads.
+        batch: sequences.
+
+    Returns:
+        The plan, and why there is none (its `stages` are 0 then).
+    """
+    params = AttentionParams(batch, heads, rows, 1, 64, 0, head_dim**-0.5, 0.0)
+    roles = [native.role_params(scheme.role(name), head_dim, scheme.page_size) for name in ROLES]
+    plan, why = DecodeMemory(), c_char_p()
+    arguments = (byref(params), byref(roles[0]), byref(roles[1]), shared_limit, byref(plan), byref(why))
+    if _function("hqmq_cuda_decode_plan")(*arguments):
+        raise HqmqError(cuda.library().hqmq_cuda_last_error().decode())
+    return plan, (why.value or b"").decode()
+
+
+@contextmanager
+def shared_memory(limit: int) -> Iterator[None]:
+    """While inside, the fused decode kernel takes at most `limit` bytes of shared memory a block; 0: what there is."""
+    _function("hqmq_cuda_limit_shared_memory")(limit)
+    try:
+        yield
+    finally:
+        _function("hqmq_cuda_limit_shared_memory")(0)

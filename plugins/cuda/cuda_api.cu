@@ -303,6 +303,29 @@ int hqmq_cuda_attention_path(const hqmq_attention_params* params, const hqmq_rol
   });
 }
 
+int hqmq_cuda_decode_plan(const hqmq_attention_params* params, const hqmq_role_params* key,
+                          const hqmq_role_params* value, int32_t shared_limit,
+                          hqmq_cuda_decode_memory* memory, const char** why) {
+  return Guard([&]() -> Status {
+    if (!params || !key || !value || !memory || !why)
+      return Invalid("params, key, value, plan or why is missing");
+    if (shared_limit < 0) return Invalid("shared_limit is negative");
+    AttentionPlan plan;
+    if (Status status = MakePlan(*params, *key, *value, &plan); !status.ok()) return status;
+    thread_local std::string text;
+    text.clear();
+    *memory = {};
+    if (plan.block_rows == 0)
+      text = "nothing runs: there is no sequence, head or token";
+    else
+      PlanDecodeMemory(plan.job, shared_limit, memory, &text);
+    *why = text.c_str();
+    return {};
+  });
+}
+
+void hqmq_cuda_limit_shared_memory(int32_t bytes) { LimitDecodeMemory(bytes); }
+
 void hqmq_cuda_use_plain_attention(int32_t on) { plain_only = on == 1, AllowSm90Prefill(on != 2); }
 
 int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,

@@ -1,11 +1,9 @@
 // The fused decode kernel on the host: what it takes, its workspace, and which instance runs.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
-#include "decode_codec12.cuh"
-#include "decode_codec14.cuh"
-#include "decode_codec16.cuh"
-#include "decode_codec20.cuh"
+#include "decode_cosets.cuh"
 #include "decode_kernel.cuh"
 
 namespace hqmq {
@@ -17,80 +15,111 @@ struct Instance {
   int head_dim, columns;
   bool page_means;  // it takes K with page means, too
   bool outliers;    // both roles have them, or none
-  bool shared_states;
-  int (*stages)(int shared_limit);
+  bool compact, shared_states;
+  int rings, stage_tiles;
+  DecodeMemory (*memory)(uint32_t limit);
+  // Null: this library was built without it.
   Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
 };
+
+// HQMQ_DECODE_NO_LARGE, HQMQ_DECODE_COMPACT: CMakeLists.txt.
+#ifdef HQMQ_DECODE_NO_LARGE
+constexpr bool kLargeBuilt = false;
+#else
+constexpr bool kLargeBuilt = true;
+#endif
+#ifdef HQMQ_DECODE_COMPACT
+constexpr bool kCompactBuilt = true;
+#else
+constexpr bool kCompactBuilt = false;
+#endif
 
 template <class Key, class Value, int D, int kColumns>
 constexpr Instance Make() {
   using I = DecodeInstance<Key, Value, D, kColumns>;
-  return {{Key::kCodeBits, Value::kCodeBits},
-          {Key::kIndexBits, Value::kIndexBits},
-          {Key::kWords, Value::kWords},
-          D,
-          kColumns,
-          Key::kPageMeans,
-          Key::kOutliers,
-          I::kSharedStates,
-          I::Stages,
-          I::Run};
+  Instance out = {{Key::kCodeBits, Value::kCodeBits},
+                  {Key::kIndexBits, Value::kIndexBits},
+                  {Key::kWords, Value::kWords},
+                  D,
+                  kColumns,
+                  Key::kPageMeans,
+                  Key::kOutliers,
+                  Key::kCompact,
+                  I::kSharedStates,
+                  I::Memory::kRings,
+                  Stage<Key, Value, D>::kTiles,
+                  I::Memory::MemoryOf,
+                  nullptr};
+  if constexpr (Key::kCompact ? kCompactBuilt : kLargeBuilt) out.run = I::Run;
+  return out;
+}
+
+// The usual instance and the compact one, which takes its place where memory is short.
+struct Pair {
+  Instance large, compact;
+};
+
+template <class Key, class Value, int D, int kColumns>
+constexpr Pair Both() {
+  return {Make<Key, Value, D, kColumns>(),
+          Make<CompactOf<Key, D>, CompactOf<Value, D>, D, kColumns>()};
 }
 
 // The first one that fits runs.
-constexpr Instance kInstances[] = {
-    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 4>(),
-    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 8>(),
-    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 128, 4>(),
-    Make<SmallCodec16<8, false>, SmallCodec16<8, false>, 128, 8>(),
-    Make<SmallCodec16<2, false>, SmallCodec16<2, false>, 256, 4>(),
-    Make<SmallCodec16<2, false>, SmallCodec16<2, false>, 256, 8>(),
-    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 64, 4>(),
-    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 64, 8>(),
-    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 128, 4>(),
-    Make<SmallCodec16<8, true>, SmallCodec16<8, true>, 128, 8>(),
-    Make<SmallCodec16<2, true>, SmallCodec16<2, true>, 256, 4>(),
-    Make<SmallCodec16<2, true>, SmallCodec16<2, true>, 256, 8>(),
-    Make<Codec12, Codec12, 64, 4>(),
-    Make<Codec12, Codec12, 64, 8>(),
-    Make<Codec12, Codec12, 128, 4>(),
-    Make<Codec12, Codec12, 128, 8>(),
-    Make<Codec12, Codec12, 256, 4>(),
-    Make<Codec12, Codec12, 256, 8>(),
-    Make<Codec14<16>, Codec14<16>, 64, 4>(),
-    Make<Codec14<16>, Codec14<16>, 64, 8>(),
-    Make<Codec14<16>, Codec14<16>, 128, 4>(),
-    Make<Codec14<16>, Codec14<16>, 128, 8>(),
-    Make<Codec14<8>, Codec14<8>, 256, 4>(),
-    Make<Codec14<8>, Codec14<8>, 256, 8>(),
-    Make<Codec20, Codec20, 64, 4>(),
-    Make<Codec20, Codec20, 64, 8>(),
-    Make<Codec20, Codec20, 128, 4>(),
-    Make<Codec20, Codec20, 128, 8>(),
-    Make<Codec20, Codec20, 256, 4>(),
-    Make<Codec20, Codec20, 256, 8>(),
-    Make<Codec16<8>, Codec16<8>, 64, 4>(),
-    Make<Codec16<8>, Codec16<8>, 64, 8>(),
-    Make<Codec16<8>, Codec16<8>, 128, 4>(),
-    Make<Codec16<8>, Codec16<8>, 128, 8>(),
-    Make<Codec16<2>, Codec16<2>, 256, 4>(),
-    Make<Codec16<2>, Codec16<2>, 256, 8>(),
-    Make<Codec16<4>, Codec12, 128, 4>(),
-    Make<Codec16<4>, Codec12, 128, 8>(),
-    Make<Codec16<4>, Codec14<8>, 64, 4>(),
-    Make<Codec16<4>, Codec14<8>, 64, 8>(),
-    Make<Codec16<4>, Codec14<8>, 128, 4>(),
-    Make<Codec16<4>, Codec14<8>, 128, 8>(),
-    Make<Codec16<2>, Codec14<8>, 256, 4>(),
-    Make<Codec16<2>, Codec14<8>, 256, 8>(),
-    Make<Codec14<8>, Codec12, 128, 4>(),
-    Make<Codec14<8>, Codec12, 128, 8>(),
+constexpr Pair kInstances[] = {
+    Both<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 4>(),
+    Both<SmallCodec16<8, false>, SmallCodec16<8, false>, 64, 8>(),
+    Both<SmallCodec16<8, false>, SmallCodec16<8, false>, 128, 4>(),
+    Both<SmallCodec16<8, false>, SmallCodec16<8, false>, 128, 8>(),
+    Both<SmallCodec16<2, false>, SmallCodec16<2, false>, 256, 4>(),
+    Both<SmallCodec16<2, false>, SmallCodec16<2, false>, 256, 8>(),
+    Both<SmallCodec16<8, true>, SmallCodec16<8, true>, 64, 4>(),
+    Both<SmallCodec16<8, true>, SmallCodec16<8, true>, 64, 8>(),
+    Both<SmallCodec16<8, true>, SmallCodec16<8, true>, 128, 4>(),
+    Both<SmallCodec16<8, true>, SmallCodec16<8, true>, 128, 8>(),
+    Both<SmallCodec16<2, true>, SmallCodec16<2, true>, 256, 4>(),
+    Both<SmallCodec16<2, true>, SmallCodec16<2, true>, 256, 8>(),
+    Both<Codec12, Codec12, 64, 4>(),
+    Both<Codec12, Codec12, 64, 8>(),
+    Both<Codec12, Codec12, 128, 4>(),
+    Both<Codec12, Codec12, 128, 8>(),
+    Both<Codec12, Codec12, 256, 4>(),
+    Both<Codec12, Codec12, 256, 8>(),
+    Both<Codec14<16>, Codec14<16>, 64, 4>(),
+    Both<Codec14<16>, Codec14<16>, 64, 8>(),
+    Both<Codec14<16>, Codec14<16>, 128, 4>(),
+    Both<Codec14<16>, Codec14<16>, 128, 8>(),
+    Both<Codec14<8>, Codec14<8>, 256, 4>(),
+    Both<Codec14<8>, Codec14<8>, 256, 8>(),
+    Both<Codec20, Codec20, 64, 4>(),
+    Both<Codec20, Codec20, 64, 8>(),
+    Both<Codec20, Codec20, 128, 4>(),
+    Both<Codec20, Codec20, 128, 8>(),
+    Both<Codec20, Codec20, 256, 4>(),
+    Both<Codec20, Codec20, 256, 8>(),
+    Both<Codec16<8>, Codec16<8>, 64, 4>(),
+    Both<Codec16<8>, Codec16<8>, 64, 8>(),
+    Both<Codec16<8>, Codec16<8>, 128, 4>(),
+    Both<Codec16<8>, Codec16<8>, 128, 8>(),
+    Both<Codec16<2>, Codec16<2>, 256, 4>(),
+    Both<Codec16<2>, Codec16<2>, 256, 8>(),
+    Both<Codec16<4>, Codec12, 128, 4>(),
+    Both<Codec16<4>, Codec12, 128, 8>(),
+    Both<Codec16<4>, Codec14<8>, 64, 4>(),
+    Both<Codec16<4>, Codec14<8>, 64, 8>(),
+    Both<Codec16<4>, Codec14<8>, 128, 4>(),
+    Both<Codec16<4>, Codec14<8>, 128, 8>(),
+    Both<Codec16<2>, Codec14<8>, 256, 4>(),
+    Both<Codec16<2>, Codec14<8>, 256, 8>(),
+    Both<Codec14<8>, Codec12, 128, 4>(),
+    Both<Codec14<8>, Codec12, 128, 8>(),
 };
 
-const Instance* FindInstance(const AttentionJob& job) {
+const Pair* FindPair(const AttentionJob& job) {
   const Layout key = MakeLayout(job.key.role), value = MakeLayout(job.value.role);
   const int columns = DecodeColumns(job.group * job.call.tokens);
-  for (const Instance& instance : kInstances) {
+  for (const Pair& pair : kInstances) {
+    const Instance& instance = pair.large;
     bool fits = instance.head_dim == job.key.role.head_dim && instance.columns == columns &&
                 instance.outliers == (job.key.role.outlier_capacity > 0) &&
                 (instance.page_means || !job.key.role.page_mean);
@@ -101,9 +130,27 @@ const Instance* FindInstance(const AttentionJob& job) {
              layout.index_bits == instance.index_bits[i] &&
              12 * role.secondaries <= instance.words[i];
     }
-    if (fits) return &instance;
+    if (fits) return &pair;
   }
   return nullptr;
+}
+
+// What runs where a block may have `limit` bytes of shared memory; stages 0: nothing.
+struct Choice {
+  const Instance* instance;
+  DecodeMemory memory;
+};
+Choice Choose(const Pair& pair, int limit) {
+  const DecodeMemory memory = pair.large.memory(static_cast<uint32_t>(limit));
+  if (memory.stages) return {&pair.large, memory};
+  return {&pair.compact, pair.compact.memory(static_cast<uint32_t>(limit))};
+}
+
+std::atomic<int> memory_limit{0};  // 0: none
+
+int SharedLimit(const Gpu& gpu) {
+  const int limit = memory_limit;
+  return limit > 0 ? std::min(limit, gpu.shared_limit) : gpu.shared_limit;
 }
 
 struct Cut {
@@ -128,6 +175,11 @@ bool Refuse(std::string* why, const char* text) {
   return false;
 }
 
+constexpr char kTooLittleMemory[] = "the GPU gives a block too little shared memory";
+constexpr char kNotBuilt[] =
+    "this library holds no kernel for GPUs with this much shared memory: build it for this one's "
+    "architecture";
+
 bool IsAligned(const void* pointer, int bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
@@ -151,7 +203,7 @@ bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
     return Refuse(why, "K and V keep different numbers of first tokens exact");
   const Cut cut = CutOf(job);
   if (cut.problems * cut.splits > 1 << 30) return Refuse(why, "the batch is too large");
-  if (!FindInstance(job))
+  if (!FindPair(job))
     return Refuse(why,
                   job.key.role.outlier_capacity > 0
                       ? "there is no instance with Med3x outliers for this head_dim and these codes"
@@ -176,10 +228,39 @@ bool FastDecodeSupports(const AttentionJob& job, std::string* why) {
   }
   Gpu gpu;
   if (!CurrentGpu(&gpu).ok()) return Refuse(why, "there is no GPU");
-  if (FindInstance(job)->stages(gpu.shared_limit) < 2)
-    return Refuse(why, "the GPU gives a block too little shared memory");
+  const Choice choice = Choose(*FindPair(job), SharedLimit(gpu));
+  if (!choice.memory.stages) return Refuse(why, kTooLittleMemory);
+  if (!choice.instance->run) return Refuse(why, kNotBuilt);
+  if (choice.instance->compact && !kCompactEverywhere &&
+      gpu.shared_limit >= static_cast<int>(kMostShared))
+    return Refuse(why, kNotBuilt);
   return true;
 }
+
+bool PlanDecodeMemory(const AttentionJob& job, int shared_limit, hqmq_cuda_decode_memory* plan,
+                      std::string* why) {
+  *plan = {};
+  if (!DecodeTakesScheme(job, why)) return false;
+  const Choice choice = Choose(*FindPair(job), shared_limit);
+  if (!choice.memory.stages) return Refuse(why, kTooLittleMemory);
+  const Instance& instance = *choice.instance;
+  plan->head_dim = instance.head_dim;
+  plan->columns = instance.columns;
+  plan->compact = instance.compact;
+  plan->built = !instance.run ? 0 : instance.compact && !kCompactEverywhere ? 1 : 2;
+  for (int i = 0; i < 2; ++i) {
+    plan->code_bits[i] = instance.code_bits[i];
+    plan->copies[i] = choice.memory.copies[i];
+  }
+  plan->rings = instance.rings;
+  plan->stages = choice.memory.stages;
+  plan->stage_tiles = instance.stage_tiles;
+  plan->shared_states = instance.shared_states;
+  plan->shared_bytes = choice.memory.bytes;
+  return true;
+}
+
+void LimitDecodeMemory(int bytes) { memory_limit = bytes; }
 
 int DecodeCounters(const AttentionJob& job) { return CutOf(job).row_blocks; }
 
@@ -202,9 +283,10 @@ int64_t MostBlocks(const Cut& cut) {
 
 size_t DecodePartBytes(const AttentionJob& job) {
   const Cut cut = CutOf(job);
-  const Instance& instance = *FindInstance(job);
+  const Instance& instance = FindPair(job)->large;
+  // Before the GPU is known: for either instance, if there may be two.
   const size_t states =
-      instance.shared_states
+      instance.shared_states && !kCompactBuilt
           ? 0
           : sizeof(float) * MostBlocks(cut) * StateFloats(instance.columns, instance.head_dim);
   return PartBytes(job, cut) + states;
@@ -214,7 +296,9 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
               cudaStream_t stream) {
   Gpu gpu;
   if (Status status = CurrentGpu(&gpu); !status.ok()) return status;
-  const Instance& instance = *FindInstance(attention);
+  const Choice choice = Choose(*FindPair(attention), SharedLimit(gpu));
+  const Instance& instance = *choice.instance;
+  if (!choice.memory.stages || !instance.run) return {HQMQ_CUDA_FAILED, kTooLittleMemory};
   const Cut cut = CutOf(attention);
   const auto divider = [](int64_t divisor) { return Divider::Of(static_cast<uint32_t>(divisor)); };
   DecodeJob job;
@@ -229,7 +313,9 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.head_bits = 0;
   while (1 << job.head_bits < attention.call.heads) ++job.head_bits;
   job.no_mean = attention.key.role.page_mean ? 0 : 1 << 30;
-  job.stages = instance.stages(gpu.shared_limit);
+  job.stages = choice.memory.stages;
+  for (int i = 0; i < 2; ++i) job.copies[i] = choice.memory.copies[i];
+  job.shared_bytes = static_cast<uint32_t>(choice.memory.bytes);
   job.items = static_cast<int>(cut.problems * cut.splits);
   const int blocks = static_cast<int>(std::min<int64_t>(MostBlocks(cut), gpu.multiprocessors));
   job.block_items = job.items / blocks;

@@ -18,7 +18,7 @@ struct Codec12 {
   static constexpr uint32_t kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
   // Both roles' words lie in one table, in halves of its rows.
   static constexpr bool kShared = true, kTurned = false;
-  static constexpr bool kPageMeans = true, kOutliers = false;
+  static constexpr bool kPageMeans = true, kOutliers = false, kCompact = false;
   static constexpr uint32_t kRoleBytes = 128;
   static __device__ __forceinline__ uint32_t WordAt(int i) { return i * 256; }
 
@@ -81,24 +81,37 @@ struct Codec12 {
   }
   static __device__ __forceinline__ Levels LoadLevels(const Lane& lane) { return lane.levels; }
 
-  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
-  // kRole: 0 for K, 1 for V.
-  template <int kRole, int kChunks, int kCount>
-  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
-                                                const Slice<kChunks>& slice, int group,
-                                                uint2 (&out)[kCount]) {
+  // Radii of chunks 4*group… of a slice, for Times.
+  template <int kCount, int kChunks>
+  static __device__ __forceinline__ void Radii(const Lane&, const Levels& levels,
+                                               const Slice<kChunks>& slice, int group,
+                                               uint32_t (&radius)[2]) {
     const uint32_t nibbles = group & 1 ? slice.nibble[group / 2] >> 16 : slice.nibble[group / 2];
     const uint32_t level = nibbles & 0x7777u;
     const uint32_t sign = ptx::Permute(0x80808080u, 0x80808080u, nibbles);  // 0x80, minus: 0xFF
     const uint32_t low = ptx::Permute(levels.low[0], levels.low[1], level);
     const uint32_t high =
         ptx::AndXor(sign << 7, 0x80808080u, ptx::Permute(levels.high[0], levels.high[1], level));
-    const uint32_t radius[2] = {ptx::Permute(low, high, 0x5140), ptx::Permute(low, high, 0x7362)};
+    radius[0] = ptx::Permute(low, high, 0x5140);
+    radius[1] = ptx::Permute(low, high, 0x7362);
+  }
+  static __device__ __forceinline__ uint2 Times(uint2 word, const uint32_t (&radius)[2], int i) {
+    return TimesRadius(word, radius[i / 2], i & 1);
+  }
+
+  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
+  // kRole: 0 for K, 1 for V.
+  template <int kRole, int kChunks, int kCount>
+  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
+                                                const Slice<kChunks>& slice, int group,
+                                                uint2 (&out)[kCount]) {
+    uint32_t radius[2];
+    Radii<kCount>(lane, levels, slice, group, radius);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32_t at = ptx::Permute(slice.index[group], lane.table, 0x7604u | i << 4);
       const uint2 word = ptx::LoadTable64(at + kRole * 128);
-      out[i] = TimesRadius(word, radius[i / 2], i & 1);
+      out[i] = Times(word, radius, i);
     }
   }
 

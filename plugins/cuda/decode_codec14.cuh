@@ -23,7 +23,7 @@ struct Codec14 {
   static_assert(kCopies == 8 || kCopies == 16, "two or four words in 256 bytes");
   static constexpr uint32_t kTableBytes = kWords * 8 * kCopies, kTableAlignment = 1 << 16;
   static constexpr bool kShared = true, kTurned = true;
-  static constexpr bool kPageMeans = true, kOutliers = false;
+  static constexpr bool kPageMeans = true, kOutliers = false, kCompact = false;
   static constexpr uint32_t kRoleBytes = 0;
   static __device__ __forceinline__ uint32_t WordAt(int i) {
     if constexpr (kCopies == 8) return (i & 255) << 8 | i >> 8 << 6;
@@ -89,12 +89,18 @@ struct Codec14 {
     return {{x.z, x.w}, {x.x, x.y}};
   }
 
-  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
-  template <int kRole, int kChunks, int kCount>
-  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
-                                                const Slice<kChunks>& slice, int group,
-                                                uint2 (&out)[kCount]) {
-    const uint32_t nibble = group & 1 ? slice.nibble[group / 2] >> 16 : slice.nibble[group / 2];
+  // Nibbles of chunks 4*group… of a slice: bits 9 and 8 of the index below bits 1 and 0 of the
+  // level.
+  template <int kChunks>
+  static __device__ __forceinline__ uint32_t Nibbles(const Slice<kChunks>& slice, int group) {
+    return group & 1 ? slice.nibble[group / 2] >> 16 : slice.nibble[group / 2];
+  }
+  // Radii of these chunks, for Times.
+  template <int kCount, int kChunks>
+  static __device__ __forceinline__ void Radii(const Lane&, const Levels& levels,
+                                               const Slice<kChunks>& slice, int group,
+                                               uint32_t (&radius)[2]) {
+    const uint32_t nibble = Nibbles(slice, group);
     // Nibbles of level and sign: bits 0, 1 from `nibble`, bits 2, 3 from `pair`.
     uint32_t upper = kChunks == 16                 ? ptx::Permute(slice.pair, 0, 0x4440u | group)
                      : kChunks == 8 && (group & 1) ? slice.pair >> 8
@@ -108,7 +114,21 @@ struct Codec14 {
     const uint32_t low = ptx::Permute(levels.low[0], levels.low[1], level);
     const uint32_t high =
         ptx::AndXor(sign << 7, 0x80808080u, ptx::Permute(levels.high[0], levels.high[1], level));
-    const uint32_t radius[2] = {ptx::Permute(low, high, 0x5140), ptx::Permute(low, high, 0x7362)};
+    radius[0] = ptx::Permute(low, high, 0x5140);
+    radius[1] = ptx::Permute(low, high, 0x7362);
+  }
+  static __device__ __forceinline__ uint2 Times(uint2 word, const uint32_t (&radius)[2], int i) {
+    return TimesRadius(word, radius[i / 2], i & 1);
+  }
+
+  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
+  template <int kRole, int kChunks, int kCount>
+  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
+                                                const Slice<kChunks>& slice, int group,
+                                                uint2 (&out)[kCount]) {
+    const uint32_t nibble = Nibbles(slice, group);
+    uint32_t radius[2];
+    Radii<kCount>(lane, levels, slice, group, radius);
     if constexpr (kCopies == 16) {
       const uint32_t copy = lane.table | (lane.copies & 0xFFu);
 #pragma unroll
@@ -118,7 +138,7 @@ struct Codec14 {
         const uint32_t at =
             of_two * (i & 1 ? (1u << 3) + (1u << 11) : (1u << 7) + (1u << 15)) + copy;
         const uint2 word = ptx::LoadTable64(ptx::Permute(at, slice.index[group], 0x3240u | i << 4));
-        out[i] = TimesRadius(word, radius[i / 2], i & 1);
+        out[i] = Times(word, radius, i);
       }
     } else {
       // Bytes 0 of the addresses.
@@ -128,7 +148,7 @@ struct Codec14 {
       for (int i = 0; i < kCount; ++i) {
         const uint32_t low_bytes = ptx::Permute(slice.index[group], row, (i << 4) | (4 + i));
         const uint2 word = ptx::LoadTable64(ptx::Permute(low_bytes, lane.table, 0x7610));
-        out[i] = TimesRadius(word, radius[i / 2], i & 1);
+        out[i] = Times(word, radius, i);
       }
     }
   }

@@ -25,7 +25,7 @@ struct Codec16 {
   static_assert(8 * kCopies == 1 << kWordShift, "2, 4 or 8 copies");
   static constexpr uint32_t kTableBytes = kWords << kWordShift, kTableAlignment = 128;
   static constexpr bool kShared = true, kTurned = true;
-  static constexpr bool kPageMeans = true, kOutliers = false;
+  static constexpr bool kPageMeans = true, kOutliers = false, kCompact = false;
   static constexpr uint32_t kRoleBytes = 0;
   static __device__ __forceinline__ uint32_t WordAt(int i) { return i << kWordShift; }
 
@@ -79,11 +79,11 @@ struct Codec16 {
     return {ptx::LoadShared128(lane.levels), ptx::LoadShared128(lane.levels + 16)};
   }
 
-  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
-  template <int kRole, int kChunks, int kCount>
-  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
-                                                const Slice<kChunks>& slice, int group,
-                                                uint2 (&out)[kCount]) {
+  // Radii of chunks 4*group… of a slice, for Times.
+  template <int kCount, int kChunks>
+  static __device__ __forceinline__ void Radii(const Lane&, const Levels& levels,
+                                               const Slice<kChunks>& slice, int group,
+                                               uint32_t (&radius)[2]) {
     const uint32_t code[2] = {slice.codes[2 * group],
                               slice.codes[kCount == 4 ? 2 * group + 1 : 2 * group]};
     const uint32_t upper = ptx::Permute(code[0], code[1], 0x7531);  // sign, level, index 10-8
@@ -94,15 +94,27 @@ struct Codec16 {
                          (ptx::Permute(levels.low.x, levels.low.y, level) & ~large);
     const uint32_t high = (ptx::Permute(levels.high.z, levels.high.w, level) & large) |
                           (ptx::Permute(levels.high.x, levels.high.y, level) & ~large);
-    const uint32_t radius[2] = {ptx::AndXor(code[0], 0x80008000u, ptx::Permute(low, high, 0x5140)),
-                                ptx::AndXor(code[1], 0x80008000u, ptx::Permute(low, high, 0x7362))};
+    radius[0] = ptx::AndXor(code[0], 0x80008000u, ptx::Permute(low, high, 0x5140));
+    radius[1] = ptx::AndXor(code[1], 0x80008000u, ptx::Permute(low, high, 0x7362));
+  }
+  static __device__ __forceinline__ uint2 Times(uint2 word, const uint32_t (&radius)[2], int i) {
+    return TimesRadius(word, radius[i / 2], i & 1);
+  }
+
+  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
+  template <int kRole, int kChunks, int kCount>
+  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
+                                                const Slice<kChunks>& slice, int group,
+                                                uint2 (&out)[kCount]) {
+    uint32_t radius[2];
+    Radii<kCount>(lane, levels, slice, group, radius);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const uint32_t x = code[i / 2];
+      const uint32_t x = slice.codes[2 * group + i / 2];
       const uint32_t at = ptx::AndOr(i & 1 ? x >> (16 - kWordShift) : x << kWordShift,
                                      2047u << kWordShift, lane.copy);
       const uint2 word = ptx::LoadTable64(at + lane.table);
-      out[i] = TimesRadius(word, radius[i / 2], i & 1);
+      out[i] = Times(word, radius, i);
     }
   }
 

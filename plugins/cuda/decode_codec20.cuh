@@ -19,7 +19,7 @@ struct Codec20 {
   static constexpr uint32_t kTableBytes = 8192 * 8, kTableAlignment = kTableBytes;
   static constexpr int kWords = 8192, kCopies = 1;
   static constexpr bool kShared = false, kTurned = false;
-  static constexpr bool kPageMeans = true, kOutliers = false;
+  static constexpr bool kPageMeans = true, kOutliers = false, kCompact = false;
   static constexpr uint32_t kRoleBytes = 0;
   static __device__ __forceinline__ uint32_t WordAt(int i) { return i * 8; }
 
@@ -68,11 +68,11 @@ struct Codec20 {
   struct Levels {};
   static __device__ __forceinline__ Levels LoadLevels(const Lane&) { return {}; }
 
-  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
-  template <int kRole, int kChunks, int kCount>
-  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels&,
-                                                const Slice<kChunks>& slice, int group,
-                                                uint2 (&out)[kCount]) {
+  // Radii of chunks 4*group… of a slice, for Times: of the even ones, of the odd ones.
+  template <int kCount, int kChunks>
+  static __device__ __forceinline__ void Radii(const Lane& lane, const Levels&,
+                                               const Slice<kChunks>& slice, int group,
+                                               uint32_t (&of)[2]) {
     const uint32_t code[2] = {slice.codes[2 * group],
                               slice.codes[kCount == 4 ? 2 * group + 1 : 2 * group]};
     // Bytes 0, 1: nibbles of chunks 0 and 1, bytes 2, 3: of chunks 2 and 3. Chunks 0, 2 have theirs
@@ -87,16 +87,26 @@ struct Codec20 {
     for (int i = 0; i < kCount; ++i)
       radius[i] = ptx::LoadTable16(ptx::Permute(level, lane.levels, 0x7650u | i));
     if constexpr (kCount == 2) radius[2] = radius[3] = 0;
-    const uint32_t even =
-        ptx::AndXor(nibbles << 12, 0x80008000u, ptx::Permute(radius[0], radius[2], 0x5410));
-    const uint32_t odd =
-        ptx::AndXor(nibbles, 0x80008000u, ptx::Permute(radius[1], radius[3], 0x5410));
+    of[0] = ptx::AndXor(nibbles << 12, 0x80008000u, ptx::Permute(radius[0], radius[2], 0x5410));
+    of[1] = ptx::AndXor(nibbles, 0x80008000u, ptx::Permute(radius[1], radius[3], 0x5410));
+  }
+  static __device__ __forceinline__ uint2 Times(uint2 word, const uint32_t (&radius)[2], int i) {
+    return TimesRadius(word, radius[i & 1], i & 2);
+  }
+
+  // Chunks 4*group… of a slice, as pairs (0, 1) and (2, 3) of elements without the token's scale.
+  template <int kRole, int kChunks, int kCount>
+  static __device__ __forceinline__ void Decode(const Lane& lane, const Levels& levels,
+                                                const Slice<kChunks>& slice, int group,
+                                                uint2 (&out)[kCount]) {
+    uint32_t radius[2];
+    Radii<kCount>(lane, levels, slice, group, radius);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const uint32_t x = code[i / 2], of = i & 1 ? odd : even;
+      const uint32_t x = slice.codes[2 * group + i / 2];
       const uint2 word =
           ptx::LoadTable64(ptx::AndOr(i & 1 ? x >> 13 : x << 3, 8191u << 3, lane.table));
-      out[i] = TimesRadius(word, of, i & 2);
+      out[i] = Times(word, radius, i);
     }
   }
 

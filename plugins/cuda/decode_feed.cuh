@@ -23,7 +23,9 @@ struct Stage {
   static constexpr int kKeyScales = kValue + kTiles * kValueTile;
   static constexpr int kValueScales = kKeyScales + kTiles * kScalesTile;
   static constexpr int kMean = kValueScales + kTiles * kScalesTile;
-  static constexpr int kBarrier = kMean + (Key::kPageMeans ? 2 * D : 0);
+  // Compact instances of head_dim 256 read means where they lie, as they would take 8 KB.
+  static constexpr bool kMeans = Key::kPageMeans && !(Key::kCompact && D > 128);
+  static constexpr int kBarrier = kMean + (kMeans ? 2 * D : 0);
   static constexpr int kBytes = kBarrier + 16;
 
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
@@ -124,6 +126,7 @@ struct Feed {
     cursor.item = items.begin - 1;
     cursor.end_item = items.end;
     NextItem(job, warp, first, index);
+    if constexpr (Key::kCompact) Fill(job, first, index, warp, lane);
     for (int i = 0; i + 1 < job.stages; ++i) Fill(job, first, index, warp, lane);
   }
 
@@ -158,7 +161,7 @@ struct Feed {
                                        int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);
-      const bool has_mean = Key::kPageMeans && cursor.means.Has(job, cursor.tile);
+      const bool has_mean = S::kMeans && cursor.means.Has(job, cursor.tile);
       const RoleCache& k = job.attention.key.cache;
       const RoleCache& v = job.attention.value.cache;
       const auto place = [](const void* tensor, uint32_t at, uint32_t size) {
@@ -218,11 +221,20 @@ struct Feed {
   }
 
   // Waits for the oldest stage. parity: of the times it was used. All lanes have done with the one
-  // before it.
+  // before it, which the next call of Fill overwrites (compact instances: they fill it themselves).
   __device__ __forceinline__ void Wait(const DecodeJob& job, uint32_t stage, uint32_t parity) {
     if constexpr (ptx::kBulkCopies) {
       ptx::BarrierWait(stage + S::kBarrier, parity);
-    } else if (job.stages == 2) {  // all but the groups of the stages after this one
+    } else if (Key::kCompact) {  // all but the groups of the stages after this one
+      if (job.stages == 1)
+        ptx::CopyWait<0>();
+      else if (job.stages == 2)
+        ptx::CopyWait<1>();
+      else if (job.stages == 3)
+        ptx::CopyWait<2>();
+      else
+        ptx::CopyWait<3>();
+    } else if (job.stages == 2) {
       ptx::CopyWait<0>();
     } else if (job.stages == 3) {
       ptx::CopyWait<1>();

@@ -67,6 +67,16 @@ struct DecodeJob {
   float* parts;        // [problems, splits + 1, PartFloats]: the last one of the exact tokens
   float* states;       // [blocks, StateFloats], null: in shared memory
   uint32_t* counters;  // [problems], 0 when the kernel starts
+  // Last, so that GPUs with memory for the usual tables read the others where they were.
+  int32_t copies[2];      // of the words in K's and V's table, where the instance is compact
+  uint32_t shared_bytes;  // dynamic shared memory
+};
+
+// What an instance of the kernel keeps in the shared memory of a block.
+struct DecodeMemory {
+  int32_t stages;     // of each warp that takes coded tiles, 0: there is too little memory
+  int32_t copies[2];  // of the words in K's and V's table
+  int32_t bytes;      // of dynamic shared memory, all in all
 };
 
 // Rows that the kernel's accumulators hold: 4 or 8.
@@ -86,6 +96,12 @@ __host__ __device__ constexpr int StateFloats(int columns, int head_dim) {
 bool DecodeTakesScheme(const AttentionJob& job, std::string* why);
 // The same, with the tensors' types and addresses and the current GPU.
 bool FastDecodeSupports(const AttentionJob& job, std::string* why);
+
+// What would run on a GPU that gives a block `shared_limit` bytes of shared memory. Asks no GPU.
+bool PlanDecodeMemory(const AttentionJob& job, int shared_limit, hqmq_cuda_decode_memory* plan,
+                      std::string* why);
+// Blocks take at most so many bytes from now on, 0: what the GPU gives.
+void LimitDecodeMemory(int bytes);
 
 // Workspace: counters (of each sequence and head, and the bytes of all) and parts.
 int DecodeCounters(const AttentionJob& job);

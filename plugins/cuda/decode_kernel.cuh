@@ -2,6 +2,7 @@
 // how the work is cut, decode_rows.cuh how a tile is computed).
 #pragma once
 
+#include "decode_arena.cuh"
 #include "decode_outliers.cuh"
 #include "decode_reduce.cuh"
 
@@ -40,9 +41,9 @@ struct DecodeBlock {
                                               DecodeShared<D>* shared, uint32_t query_chunks,
                                               int warp, int lane) {
     const AttentionJob& a = job.attention;
+    if constexpr (kOutliers || !S::kMeans) pages = PagesOf(job, p.b, p.h);
     if constexpr (kOutliers) {
       outliers.StoreQueries(*shared, query_chunks);
-      pages = PagesOf(job, p.b, p.h);
       if constexpr (!kSharedQuery) __syncthreads();
     }
     if constexpr (kSharedQuery) {
@@ -63,12 +64,14 @@ struct DecodeBlock {
   }
 
   // Every row of the operand is the mean, so that each lane gets the scores of its columns: rows
-  // r from the first and third word of a lane's four, rows r + 8 from the second and fourth.
-  __device__ __forceinline__ void ScoreMean(uint32_t mean, int lane) {
+  // r from the first and third word of a lane's four, rows r + 8 from the second and fourth. load:
+  // 16 bytes of the mean at the sum of two places in bytes.
+  template <class Load>
+  __device__ __forceinline__ void ScoreMean(const Load& load, int lane) {
     float sum[4][4] = {};  // four chains, as each waits for its own sums
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      const uint4 x = ptx::LoadShared128(mean + (lane & 3) * (D / 2) + 16 * i);
+      const uint4 x = load((lane & 3) * (D / 2), 16 * i);
       const uint4 q = query.Two(i);
       ptx::Mma(sum[2 * i % 4], x.x, x.y, x.z, x.w, q.x, q.y);
       ptx::Mma(sum[(2 * i + 1) % 4], x.x, x.y, x.z, x.w, q.z, q.w);
@@ -78,9 +81,16 @@ struct DecodeBlock {
       mean_score[i] = ((sum[0][i] + sum[1][2 + i]) + (sum[2][i] + sum[3][2 + i])) * factor[i];
   }
 
-  // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`.
+  // Compact instances fill a stage anew once a tile's codes are in registers. With outliers, whose
+  // records take the place of the codes, they do so after the tile.
+  static constexpr bool kFillsWithin = Key::kCompact && !kOutliers;
+
+  // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`. fill: fills
+  // this stage, if kFillsWithin.
+  template <class Fill>
   __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile, int end,
-                                          uint32_t at, int part, int lane, Rows* rows) {
+                                          uint32_t at, int part, int lane, Rows* rows,
+                                          const Fill& fill) {
     const AttentionJob& a = job.attention;
     const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
     const uint32_t key_at = at + part * S::kKeyTile;
@@ -130,6 +140,11 @@ struct DecodeBlock {
         ptx::Mma(sum[0], x[2 * i].x, y[2 * i].x, x[2 * i + 1].x, y[2 * i + 1].x, q.x, q.y);
         ptx::Mma(sum[1], x[2 * i].y, y[2 * i].y, x[2 * i + 1].y, y[2 * i + 1].y, q.z, q.w);
       }
+    }
+    // Not before K's products, whose codes would lie in registers meanwhile.
+    if constexpr (kFillsWithin && D <= 128) {
+      __syncwarp();
+      fill();
     }
     float score[4], scale[4];
     [[maybe_unused]] float missing[4] = {};
@@ -182,6 +197,12 @@ struct DecodeBlock {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (D > 128) load_values(half);
+      if constexpr (kFillsWithin && D > 128) {
+        if (half == 1) {
+          __syncwarp();
+          fill();
+        }
+      }
 #pragma unroll
       for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
         uint2 x[kValueGroup], y[kValueGroup];
@@ -207,9 +228,9 @@ struct DecodeBlock {
 template <class Key, class Value, int D, int kColumns>
 __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory) {
   const uint32_t start = ptx::SharedAddress(memory);
-  using Memory = Arena<Key, Value, D, kColumns>;
+  using Memory = typename MemoryLayout<Key, Value, D, kColumns>::Type;
   constexpr int kRings = Memory::kRings;
-  const Memory arena(start, job.stages, kRings, Memory::kSharedStates);
+  const Memory arena = Memory::Of(job, start);
   char* const base = reinterpret_cast<char*>(memory) - start;
   auto* const shared = reinterpret_cast<DecodeShared<D>*>(base + arena.shared);
   float4* const states = Memory::kSharedStates ? reinterpret_cast<float4*>(base + arena.states)
@@ -237,8 +258,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   feed.Start(job, next, job.by_splits(items.begin), items, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
-  const uint32_t tables[2] = {arena.table + Tables<Key, Value>::kKey,
-                              arena.table + Tables<Key, Value>::kValue};
+  const uint32_t tables[2] = {arena.Table(0), arena.Table(1)};
   const uint32_t levels[2] = {ptx::SharedAddress(shared->levels[0]),
                               ptx::SharedAddress(shared->levels[1])};
   self.key = Key::LaneOf(a.key, tables[0], levels[0], lane);
@@ -271,7 +291,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       shared->bad_values = 0;
     }
     if (head != next.h) {
-      FillTables<Key, Value>(a, next.h, tables, levels, shared, lane, &self.key, &self.value);
+      FillTables<Key, Value>(job, next.h, tables, levels, shared, lane, &self.key, &self.value);
       head = next.h;
     }
     fresh.Store(job, next, shared, warp, lane);
@@ -296,14 +316,35 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
           JoinStates<D, kColumns>(job, p, index, &pending, states, shared, warp, lane);
         if (tile == tiles.end) break;
         feed.Wait(job, stage, parity);
-        feed.Fill(job, p, index, warp, lane);
-        if (Key::kPageMeans && means.Has(job, tile)) self.ScoreMean(stage + S::kMean, lane);
+        const auto fill = [&] { feed.Fill(job, p, index, warp, lane); };
+        if constexpr (!Key::kCompact) fill();
+        if (Key::kPageMeans && means.Has(job, tile)) {
+          if constexpr (S::kMeans) {
+            const uint32_t mean = stage + S::kMean;
+            self.ScoreMean(
+                [&](uint32_t at, uint32_t more) { return ptx::LoadShared128(mean + at + more); },
+                lane);
+          } else if (const int page = PageOf(job, self.pages, tile >> job.page_shift);
+                     page != kNoPage) {
+            const char* mean = reinterpret_cast<const char*>(a.key.cache.mean) +
+                               static_cast<int64_t>(page) * 2 * D;
+            self.ScoreMean(
+                [&](uint32_t at, uint32_t more) {
+                  return *reinterpret_cast<const uint4*>(mean + at + more);
+                },
+                lane);
+          }
+        }
         const int count = S::Count(job, tile, tiles.end);
         int part = 0;
 #pragma unroll 1
         do {
-          self.AddTile(job, p, tile + part, tiles.end, stage, part, lane, &rows);
+          self.AddTile(job, p, tile + part, tiles.end, stage, part, lane, &rows, fill);
         } while (++part < count);
+        if constexpr (Key::kCompact && !self.kFillsWithin) {
+          __syncwarp();
+          fill();
+        }
         tile += count;
         stage += S::kBytes;
         if (stage == ring + job.stages * S::kBytes) {
@@ -330,23 +371,28 @@ template <class Key, class Value, int D, int kColumns>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeJob job) {
   HQMQ_DYNAMIC_SHARED(shared);
-  // Where it could never be launched, it need not be compiled.
-  using Memory = Arena<Key, Value, D, kColumns>;
-  if constexpr (!Key::kPageMeans) {
-    static_assert(Tables<Key, Value>::kAlignment + Tables<Key, Value>::kValue + Value::kReach <=
-                      Memory::Bytes(2),
-                  "codes beyond the codebook read the block's memory");
+  // Where it is never launched, it need not be compiled.
+  using Memory = typename MemoryLayout<Key, Value, D, kColumns>::Type;
+  if constexpr (Key::kCompact) {
+    if constexpr ((kCompactEverywhere || ptx::kMostShared < kMostShared) &&
+                  Memory::LeastBytes() <= ptx::kMostShared)
+      DecodeItems<Key, Value, D, kColumns>(job, shared);
+  } else {
+    if constexpr (!Key::kPageMeans) {
+      static_assert(Tables<Key, Value>::kAlignment + Tables<Key, Value>::kValue + Value::kReach <=
+                        Memory::Bytes(2),
+                    "codes beyond the codebook read the block's memory");
+    }
+    if constexpr (Memory::Bytes(2) <= ptx::kMostShared)
+      DecodeItems<Key, Value, D, kColumns>(job, shared);
   }
-  if constexpr (Memory::Bytes(2) <= ptx::kMostShared)
-    DecodeItems<Key, Value, D, kColumns>(job, shared);
 }
 
 // One instance of the kernel. Defined in decode_*.cu, one file an instance.
 template <class Key, class Value, int D, int kColumns>
 struct DecodeInstance {
-  static constexpr bool kSharedStates = Arena<Key, Value, D, kColumns>::kSharedStates;
-  // The most stages that fit into `shared_limit` bytes of shared memory, less than 2: none.
-  static int Stages(int shared_limit);
+  using Memory = typename MemoryLayout<Key, Value, D, kColumns>::Type;
+  static constexpr bool kSharedStates = Memory::kSharedStates;
   static Status Run(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
 };
 

@@ -1,4 +1,4 @@
-// Shared memory of the decode kernel, and the queries and new tokens that it holds as fp16.
+// What the decode kernel holds in shared memory, and the queries and new tokens in it as fp16.
 #pragma once
 
 #include <type_traits>
@@ -45,24 +45,67 @@ struct Tables {
 // Fills the tables of both roles with the words and levels of head h and sets lanes up for them.
 // Returns whether V's outputs will be sums of K's words. All threads; synchronise before and after.
 template <class Key, class Value, int D>
-__device__ __forceinline__ bool FillTables(const AttentionJob& a, int h,
-                                           const uint32_t (&tables)[2], const uint32_t (&levels)[2],
-                                           DecodeShared<D>* shared, int lane,
-                                           typename Key::Lane* key, typename Value::Lane* value) {
-  Key::FillLevels(a.key, levels[0]);
-  Value::FillLevels(a.value, levels[1]);
+__device__ __forceinline__ bool FillTables(const DecodeJob& job, int h, const uint32_t (&tables)[2],
+                                           const uint32_t (&levels)[2], DecodeShared<D>* shared,
+                                           int lane, typename Key::Lane* key,
+                                           typename Value::Lane* value) {
+  const AttentionJob& a = job.attention;
+  if constexpr (Key::kCompact) {
+    Key::FillLevels(a.key, levels[0], job.copies[0]);
+    Value::FillLevels(a.value, levels[1], job.copies[1]);
+  } else {
+    Key::FillLevels(a.key, levels[0]);
+    Value::FillLevels(a.value, levels[1]);
+  }
   float4 turn = make_float4(1.0f, 0.0f, 0.0f, 0.0f);
   bool turned = false;
   if constexpr (Tables<Key, Value>::kTurned) {
-    turned = FillBoth<Key>(a.key, a.value, h, tables[0], &turn);
-    Key::UseCopies(0, turned, lane, key);
-    Value::UseCopies(1, turned, lane, value);
+    turned =
+        FillBoth<Key>(a.key, a.value, h, &turn, [&](Copies which, int row, const uint2(&words)[4]) {
+          if constexpr (Key::kCompact) {
+            const int at = which == Copies::kSecondHalf;
+            Key::Store(tables[at], job.copies[at], which, row, words);
+          } else {
+            constexpr int kBytes = 8 * Key::kCopies;
+            if (which == Copies::kAll)
+              Filling<Key>::template Store<kBytes>(tables[0], row, words);
+            else if (which == Copies::kFirstHalf)
+              Filling<Key>::template Store<kBytes / 2>(tables[0], row, words);
+            else
+              Filling<Key>::template Store<kBytes / 2>(tables[0] + kBytes / 2, row, words);
+          }
+        });
+    if constexpr (Key::kCompact) {
+      Key::UseCopies(tables[0], levels[0], job.copies[0],
+                     turned ? Copies::kAll : Copies::kFirstHalf, lane, key);
+      const int at = turned ? 0 : 1;
+      Value::UseCopies(tables[at], levels[at], job.copies[at],
+                       turned ? Copies::kAll : Copies::kSecondHalf, lane, value);
+    } else {
+      Key::UseCopies(0, turned, lane, key);
+      Value::UseCopies(1, turned, lane, value);
+    }
   } else {
     float4 of_key[Filling<Key>::kRounds], of_value[Filling<Value>::kRounds];
     LoadRole<Key>(a.key, h, of_key);
     LoadRole<Value>(a.value, h, of_value);
-    StoreRole<Key>(a.key, of_key, tables[0]);
-    StoreRole<Value>(a.value, of_value, tables[1] + Value::kRoleBytes);
+    StoreRole<Key>(a.key, of_key, [&](int row, const uint2(&words)[4]) {
+      if constexpr (Key::kCompact)
+        Key::Store(tables[0], job.copies[0], Copies::kAll, row, words);
+      else
+        Filling<Key>::template Store<8 * Key::kCopies>(tables[0], row, words);
+    });
+    StoreRole<Value>(a.value, of_value, [&](int row, const uint2(&words)[4]) {
+      if constexpr (Value::kCompact)
+        Value::Store(tables[1], job.copies[1], Copies::kAll, row, words);
+      else
+        Filling<Value>::template Store<8 * Value::kCopies>(tables[1] + Value::kRoleBytes, row,
+                                                           words);
+    });
+    if constexpr (Key::kCompact) {
+      Key::UseCopies(tables[0], levels[0], job.copies[0], Copies::kAll, lane, key);
+      Value::UseCopies(tables[1], levels[1], job.copies[1], Copies::kAll, lane, value);
+    }
   }
   if (threadIdx.x == 0) {
     shared->turn = turn;
@@ -81,66 +124,6 @@ __device__ __forceinline__ float4 TurnedOutput(const DecodeShared<D>& shared, co
 __host__ __device__ constexpr uint32_t QueryChunkBytes(int head_dim, int columns) {
   return static_cast<uint32_t>(head_dim / 4 * columns * 8);
 }
-
-// Dynamic shared memory: [rings of the first warps] [tables, aligned] [rings of the others]
-// [states, if they fit] [DecodeShared] [chunks of queries, if there are outliers]. `start`: address
-// of its beginning, at most kMostStart.
-constexpr uint32_t kMostStart = 1024;
-// What a block may have on an H100.
-constexpr uint32_t kMostShared = 227 * 1024;
-
-template <class Key, class Value, int D, int kColumns>
-struct Arena {
-  static constexpr uint32_t kStageBytes = Stage<Key, Value, D>::kBytes;
-  static constexpr uint32_t kStateBytes = sizeof(float) * StateFloats(kColumns, D);
-  uint32_t table, first_rings, ring_bytes, rings_before, second_rings, states, shared;
-
-  __host__ __device__ constexpr Arena(uint32_t start, uint32_t stages, uint32_t rings,
-                                      bool with_states)
-      : table(Aligned(start, Tables<Key, Value>::kAlignment)),
-        first_rings(Aligned(start, 16)),
-        ring_bytes(stages * kStageBytes),
-        rings_before(Least((table - first_rings) / ring_bytes, rings)),
-        second_rings(table + Tables<Key, Value>::kBytes),
-        states(Aligned(second_rings + (rings - rings_before) * ring_bytes, kLevelBytes)),
-        shared(states + (with_states ? kStateBytes : 0)) {}
-  __host__ __device__ constexpr uint32_t QueryChunks() const {
-    return shared + sizeof(DecodeShared<D>);
-  }
-  __host__ __device__ constexpr uint32_t End() const {
-    return QueryChunks() + (Key::kOutliers ? QueryChunkBytes(D, kColumns) : 0);
-  }
-  __host__ __device__ uint32_t Ring(uint32_t warp) const {
-    return warp < rings_before ? first_rings + warp * ring_bytes
-                               : second_rings + (warp - rings_before) * ring_bytes;
-  }
-
-  // Bytes to ask for.
-  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages, uint32_t rings,
-                                                      bool with_states) {
-    return Arena(kMostStart, stages, rings, with_states).End() - kMostStart;
-  }
-  // Warps that take coded tiles: as many as an H100 has memory for. A constant, as the order of
-  // sums depends on it.
-  static constexpr __host__ __device__ int Rings() {
-    int rings = kDecodeWarps;
-    while (rings > 4 && Bytes(2, rings, false) > kMostShared) rings -= 4;
-    return rings;
-  }
-  static constexpr int kRings = Rings();
-  static constexpr bool kSharedStates = Bytes(2, kRings, true) <= kMostShared;
-  static __host__ __device__ constexpr uint32_t Bytes(uint32_t stages) {
-    return Bytes(stages, kRings, kSharedStates);
-  }
-
- private:
-  static __host__ __device__ constexpr uint32_t Aligned(uint32_t x, uint32_t to) {
-    return (x + to - 1) & ~(to - 1);
-  }
-  static __host__ __device__ constexpr uint32_t Least(uint32_t x, uint32_t y) {
-    return x < y ? x : y;
-  }
-};
 
 // Where element i of a rotated query lies: of eight, the second and the third pair change places,
 // so that the first pairs of two chunks are neighbours.

@@ -149,8 +149,9 @@ struct Filling {
   }
 };
 
-// Fills one role's table with the words of head h. All threads. Loading and storing are apart, so
-// that loads of both roles are under way together.
+// Fills one role's table with the words of head h; store(row, words) stores this thread's part of
+// a row. All threads. Loading and storing are apart, so that loads of both roles are under way
+// together.
 template <class Codec>
 __device__ __forceinline__ void LoadRole(const RoleView& view, int h,
                                          float4 (&q)[Filling<Codec>::kRounds]) {
@@ -158,17 +159,17 @@ __device__ __forceinline__ void LoadRole(const RoleView& view, int h,
 #pragma unroll
   for (int i = 0; i < F::kRounds; ++i) q[i] = Secondary(view, h, RowOf(view, F::Row(i)).secondary);
 }
-template <class Codec>
+template <class Codec, class Store>
 __device__ __forceinline__ void StoreRole(const RoleView& view,
                                           const float4 (&q)[Filling<Codec>::kRounds],
-                                          uint32_t table) {
+                                          const Store& store) {
   using F = Filling<Codec>;
 #pragma unroll
   for (int i = 0; i < F::kRounds; ++i) {
     if (!F::kEven && F::Row(i) >= F::kRows) continue;
     uint2 words[4];
     RowWords(RowOf(view, F::Row(i)), q[i], words);
-    F::template Store<8 * Codec::kCopies>(table, F::Row(i), words);
+    store(F::Row(i), words);
   }
 }
 
@@ -185,14 +186,17 @@ __device__ __forceinline__ void PrefetchWords(const RoleView& key, const RoleVie
   }
 }
 
+// Who has copies of a word.
+enum class Copies { kAll, kFirstHalf, kSecondHalf };
+
 // Fills the table of both roles; returns whether K's words and levels are for V, too, and t. If
-// not, the first half of the copies is K's. All threads.
-template <class Codec>
+// not, the first half of the copies is K's. store(copies, row, words) stores this thread's part of
+// a row. All threads.
+template <class Codec, class Store>
 __device__ __forceinline__ bool FillBoth(const RoleView& key, const RoleView& value, int h,
-                                         uint32_t table, float4* turn) {
+                                         float4* turn, const Store& store) {
   using F = Filling<Codec>;
   static_assert(F::kRounds == 1 && Codec::kCopies > 1, "a row a thread");
-  constexpr int kBytes = 8 * Codec::kCopies;
   const int row = F::Row(0);
   const WordRow of_key = RowOf(key, row), of_value = RowOf(value, row);
   const float4 k = Secondary(key, h, of_key.secondary), v = Secondary(value, h, of_value.secondary);
@@ -208,12 +212,12 @@ __device__ __forceinline__ bool FillBoth(const RoleView& key, const RoleView& va
   *turn = t;
   // Every secondary is some thread's: there are more rows than theirs.
   if (__syncthreads_and(same)) {
-    F::template Store<kBytes>(table, row, words);
+    store(Copies::kAll, row, words);
     return true;
   }
-  F::template Store<kBytes / 2>(table, row, words);
+  store(Copies::kFirstHalf, row, words);
   RowWords(of_value, v, words);
-  F::template Store<kBytes / 2>(table + kBytes / 2, row, words);
+  store(Copies::kSecondHalf, row, words);
   return false;
 }
 

@@ -118,6 +118,32 @@ HQMQ_API int hqmq_cuda_attention_path(const hqmq_attention_params* params,
  * prefill takes the kernel of sm_80 on sm_90 too. 0: as usual. */
 HQMQ_API void hqmq_cuda_use_plain_attention(int32_t on);
 
+/* What a block of the fused decode kernel keeps in shared memory. */
+typedef struct hqmq_cuda_decode_memory {
+  int32_t head_dim, columns; /* of the instance; columns: query rows that it holds, 4 or 8 */
+  int32_t code_bits[2];      /* of K, V */
+  int32_t compact; /* 1: tables with as many copies as fit, 0: those of GPUs with 227 KB */
+  int32_t built;   /* 0: this library lacks the instance, 1: it has it for GPUs with less memory, 2:
+                      for all */
+  int32_t copies[2]; /* of each word in K's and in V's table (which may be one) */
+  int32_t rings;     /* warps that take coded tiles; the same for every limit */
+  int32_t stages;    /* of each of them, of stage_tiles tiles; 0: nothing fits */
+  int32_t stage_tiles;
+  int32_t shared_states; /* 1: the warps' states, too, 0: they lie in the workspace */
+  int32_t shared_bytes;  /* all in all */
+} hqmq_cuda_decode_memory;
+
+/* The fused decode kernel for a call with these params where a GPU gives a block `shared_limit`
+ * bytes of shared memory (sm_80, 87: 166912; 86, 89, 120: 101376; 90, 100: 232448). Asks no GPU.
+ * *why (of this thread, never null): why there is none; stages is 0 then. */
+HQMQ_API int hqmq_cuda_decode_plan(const hqmq_attention_params* params, const hqmq_role_params* key,
+                                   const hqmq_role_params* value, int32_t shared_limit,
+                                   hqmq_cuda_decode_memory* plan, const char** why);
+
+/* For comparisons: the fused decode kernel of this process takes at most `bytes` of shared memory a
+ * block, as on a GPU with so much; 0: as much as there is. y has the same bits. */
+HQMQ_API void hqmq_cuda_limit_shared_memory(int32_t bytes);
+
 /* HqmqAttention in place (hqmq_attention). sinks: float [H*group] or null; status may be null. */
 HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                                  const hqmq_attention_role* key, const hqmq_attention_role* value,
