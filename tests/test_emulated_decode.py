@@ -62,6 +62,17 @@ def test_no_order_and_no_gpu_changes_a_bit(emulated: EmulatedGpu, name: str, hea
         assert torch.equal(bits(attend(case, inputs, (1, 1, 1), case.clone())), bits(y))
 
 
+@pytest.mark.parametrize("limit", [163, 99])
+@pytest.mark.parametrize(("name", "head_dim"), [("hq3", 64), ("hq4", 128), ("hq5", 64), (MED3, 64)])
+def test_less_shared_memory_changes_no_bit(emulated: EmulatedGpu, name: str, head_dim: int, limit: int) -> None:
+    """The KiB of sm_80 and of sm_86, 89 and 120: tables of fewer copies, stages of one tile, states in the workspace."""
+    case = attention_of(name)(name, head_dim, 2, 2, past=(600, 63, 300), capacity=640, dtype=torch.float16)
+    with_sinks(case, (4, 4) if case.scheme.key.optimised else (0, 0))
+    y = assert_right(case, (1, 2, 1), DECODE, LIMIT, window=500)
+    emulated.use(limit, shared_limit=limit * 1024)
+    assert torch.equal(bits(assert_right(case, (1, 2, 1), DECODE, LIMIT, window=500)), bits(y))
+
+
 @pytest.mark.parametrize(("name", "limit"), [("hq3", 152), ("hq3", 176), ("hq3", 200), ("hq3", 227), ("hq3.5", 220)])
 def test_rings_of_all_sizes(emulated: EmulatedGpu, name: str, limit: int) -> None:
     """GPUs with fewer KiB of shared memory for a block have rings of fewer stages: of two at least."""
