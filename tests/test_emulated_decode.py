@@ -65,7 +65,7 @@ def test_no_order_and_no_gpu_changes_a_bit(emulated: EmulatedGpu, name: str, hea
 @pytest.mark.parametrize("limit", [163, 99])
 @pytest.mark.parametrize(("name", "head_dim"), [("hq3", 64), ("hq4", 128), ("hq5", 64), (MED3, 64)])
 def test_less_shared_memory_changes_no_bit(emulated: EmulatedGpu, name: str, head_dim: int, limit: int) -> None:
-    """The KiB of sm_80 and of sm_86, 89 and 120: tables of fewer copies, stages of one tile, states in the workspace."""
+    """KiB of sm_80, and of sm_86, 89 and 120: tables of fewer copies, stages of one tile, states in the workspace."""
     case = attention_of(name)(name, head_dim, 2, 2, past=(600, 63, 300), capacity=640, dtype=torch.float16)
     with_sinks(case, (4, 4) if case.scheme.key.optimised else (0, 0))
     y = assert_right(case, (1, 2, 1), DECODE, LIMIT, window=500)
