@@ -8,15 +8,13 @@ import torch
 from benchmarks.gpu_paths import plain_attention
 from hqmq_trt import cuda
 from hqmq_trt.scheme import Scheme
-from tests.attention_cases import Attention, assert_same_caches, bits
+from tests.attention_cases import LIMITS, Attention, assert_close, assert_same_caches, bits
 from tests.codec_cases import lengths
 from tests.gpu.decode_layer import (
     DEVICE,
-    LIMITS,
     MED3,
     PRESETS,
     SINKS,
-    assert_close,
     fast,
     held,
     layer,

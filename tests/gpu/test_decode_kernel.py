@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.gpu_paths import attention_path
 from hqmq_trt import cuda, torch_attention
 from hqmq_trt.scheme import Scheme
-from tests.attention_cases import assert_same_caches, attention_of, bits
+from tests.attention_cases import LIMITS, assert_close, assert_same_caches, attention_of, bits
 from tests.codec_cases import lengths
 from tests.gpu.decode_layer import (
     CAPACITY,
@@ -24,13 +24,11 @@ from tests.gpu.decode_layer import (
     GROUPS,
     HEADS,
     LENGTHS,
-    LIMITS,
     MED3,
     PRESETS,
     SINKS,
     TOKENS,
     Layer,
-    assert_close,
     fast,
     held,
     layer,

@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.decode_layer import (
-    LIMITS,
-    MED3,
-    Layer,
-    assert_close,
-    fast,
-    held,
-    layer,
-)
+from tests.attention_cases import LIMITS, assert_close
+from tests.gpu.decode_layer import MED3, Layer, fast, held, layer
 from tests.gpu.requirements import KERNEL_TESTS
 
 pytestmark = [*KERNEL_TESTS, pytest.mark.usefixtures("clean_status")]

@@ -21,7 +21,7 @@ from hqmq_trt import cuda, native, torch_attention
 from hqmq_trt.native import RoleParams
 from hqmq_trt.native_attention import AttentionParams
 from hqmq_trt.scheme import ROLES, Scheme
-from tests.attention_cases import Attention, assert_same_caches, bits
+from tests.attention_cases import LIMITS, Attention, assert_close, assert_same_caches, bits
 from tests.codec_cases import lengths
 from tests.gpu.requirements import KERNEL_TESTS
 
@@ -50,8 +50,6 @@ SINK_CASES = [
 SINK_NEW = (90, 20, 9, 64, 90, 5, 90, 1, 70, 90, 0, 33)
 PLAIN, KERNELS = 1, (0, 2)
 """use_kernels: the plain ones; those of this GPU, and those without warpgroups."""
-LIMITS = {torch.float16: 2e-3, torch.bfloat16: 4e-3}
-"""Of the relative error. Rounding y to bfloat16 alone gives 1.7e-3."""
 
 
 Inputs = Sequence[Tensor]
@@ -126,17 +124,6 @@ class Layer:
 def layer(name: str, head_dim: int, group: int = 4) -> Layer:
     """Made once for the tests that follow one another."""
     return Layer(name, head_dim, group)
-
-
-def assert_close(y: Tensor, expected: Tensor, new: Tensor, limit: float) -> None:
-    """Assert that every sequence follows the reference and that rows without a token are 0."""
-    assert y.isfinite().all()
-    row = torch.arange(y.shape[2], device=y.device)
-    given = (row < new[:, None])[:, None, :, None]
-    assert not (y * ~given).any()
-    error = ((y.float() - expected) * given).flatten(1).norm(dim=1)
-    size = (expected * given).flatten(1).norm(dim=1)
-    assert (error <= limit * size).all(), f"relative errors by sequence: {(error / size).tolist()}"
 
 
 @pytest.fixture(autouse=True)
