@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "arguments.h"
 #include "decode_cosets.cuh"
 #include "decode_kernel.cuh"
 
@@ -180,10 +181,6 @@ constexpr char kNotBuilt[] =
     "this library holds no kernel for GPUs with this much shared memory: build it for this one's "
     "architecture";
 
-bool IsAligned(const void* pointer, int bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 }  // namespace
 
 bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
@@ -220,10 +217,10 @@ bool FastDecodeSupports(const AttentionJob& job, std::string* why) {
     for (const void* tensor :
          {static_cast<const void*>(view->cache.codes), static_cast<const void*>(view->cache.scales),
           static_cast<const void*>(view->cache.mean), static_cast<const void*>(view->cache.tail)}) {
-      if (!IsAligned(tensor, 16))
+      if (Misaligned(tensor, 16))
         return Refuse(why, "a cache tensor is not at a multiple of 16 bytes");
     }
-    if (!IsAligned(view->cache.outlier_value, 8))
+    if (Misaligned(view->cache.outlier_value, 8))
       return Refuse(why, "outlier_value is not at a multiple of 8 bytes");
   }
   Gpu gpu;

@@ -1,0 +1,79 @@
+# The kernels' sources: for GPUs (CMakeLists.txt here), and for the CPU (tests/cuda_emulation).
+set(HQMQ_CUDA_SOURCES
+    append.cu
+    attention.cu
+    attention_r1_n1.cu
+    attention_r1_n2.cu
+    attention_r1_n4.cu
+    attention_r2_n1.cu
+    attention_r2_n2.cu
+    attention_r2_n4.cu
+    attention_r4_n4.cu
+    attention_r8_n1.cu
+    attention_r8_n2.cu
+    cuda_api.cu
+    decode.cu
+    encode.cu
+    encode_general.cu
+    load.cu
+    prefill.cu
+    prefill_d128.cu
+    prefill_d256.cu
+    prefill_d64.cu
+    prefill_decode.cu
+    transfer.cu
+)
+# With instructions of sm_90 for warpgroups, which the CPU has not.
+set(HQMQ_CUDA_SM90_SOURCES
+    prefill_sm90_d128.cu
+    prefill_sm90_d64.cu
+)
+# Instances of the fused decode kernel.
+set(HQMQ_DECODE_LARGE
+    decode_12_d128_c4.cu
+    decode_12_d128_c8.cu
+    decode_12_d256_c4.cu
+    decode_12_d256_c8.cu
+    decode_12_d64_c4.cu
+    decode_12_d64_c8.cu
+    decode_14_12_d128_c4.cu
+    decode_14_12_d128_c8.cu
+    decode_14_d128_c4.cu
+    decode_14_d128_c8.cu
+    decode_14_d256_c4.cu
+    decode_14_d256_c8.cu
+    decode_14_d64_c4.cu
+    decode_14_d64_c8.cu
+    decode_16_12_d128_c4.cu
+    decode_16_12_d128_c8.cu
+    decode_16_14_d128_c4.cu
+    decode_16_14_d128_c8.cu
+    decode_16_14_d256_c4.cu
+    decode_16_14_d256_c8.cu
+    decode_16_14_d64_c4.cu
+    decode_16_14_d64_c8.cu
+    decode_16_d128_c4.cu
+    decode_16_d128_c8.cu
+    decode_16_d256_c4.cu
+    decode_16_d256_c8.cu
+    decode_16_d64_c4.cu
+    decode_16_d64_c8.cu
+    decode_16_small_d128_c4.cu
+    decode_16_small_d128_c8.cu
+    decode_16_small_d256_c4.cu
+    decode_16_small_d256_c8.cu
+    decode_16_small_d64_c4.cu
+    decode_16_small_d64_c8.cu
+    decode_16_small_med3_d128_c4.cu
+    decode_16_small_med3_d128_c8.cu
+    decode_16_small_med3_d256_c4.cu
+    decode_16_small_med3_d256_c8.cu
+    decode_16_small_med3_d64_c4.cu
+    decode_16_small_med3_d64_c8.cu
+    decode_20_d128_c4.cu
+    decode_20_d128_c8.cu
+    decode_20_d256_c4.cu
+    decode_20_d256_c8.cu
+    decode_20_d64_c4.cu
+    decode_20_d64_c8.cu
+)
