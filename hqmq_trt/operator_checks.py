@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import cache_tensors, paged_cache_tensors
-from hqmq_trt.page_table import check_table
+from hqmq_trt.page_table import capacity, check_table
 from hqmq_trt.scheme import RoleScheme
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -125,8 +125,7 @@ def check_values(
     """
     if capturing(x):
         return
-    codes = tensors[0]
-    rows = codes.shape[2] if page_table is None else codes.shape[2] * page_table.shape[1]
+    rows = capacity(tensors[0], page_table)
     past, new = past_length.tolist(), new_length.tolist()
     for b, (before, added) in enumerate(zip(past, new, strict=True)):
         if before + added > rows:

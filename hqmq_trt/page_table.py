@@ -34,6 +34,11 @@ def check_table(page_table: Tensor, batch: int, device: torch.device) -> None:
         raise HqmqError(f"page_table is not a contiguous tensor on {device}; call .contiguous().to('{device}') first")
 
 
+def capacity(codes: Tensor, page_table: Tensor | None) -> int:
+    """Tokens that a sequence can have. codes: [B, H, M*P, W], or with a page table [pool, H, P, W]."""
+    return codes.shape[2] if page_table is None else codes.shape[2] * page_table.shape[1]
+
+
 def pages_that_fill(past: Sequence[int], new: Sequence[int], page_size: int) -> list[range]:
     """Pages of each sequence that fill when new[b] tokens join past[b]."""
     return [range(p // page_size, (p + n) // page_size) for p, n in zip(past, new, strict=True)]

@@ -172,7 +172,7 @@ def _dequantize(
     if dtype not in operator_checks.FLOATS:
         raise HqmqError(f"dtype {dtype}: dequantize to float32, float16 or bfloat16")
     held = operator_checks.check_lengths(length, cache[-1].shape[0], "length")
-    tokens = cache[0].shape[2] if page_table is None else page_size * page_table.shape[1]
+    tokens = paging.capacity(cache[0], page_table)
     if max(held, default=0) > tokens:
         raise HqmqError(f"length {held} exceeds the {tokens} tokens of the {role} cache")
     kernels = _kernels(cache[0])
@@ -298,7 +298,7 @@ def _fake_dequantize(
 ) -> Tensor:
     _role(scheme, role, rotate)
     codes, tail = cache[0], cache[-1]
-    rows = codes.shape[2] if page_table is None else codes.shape[2] * page_table.shape[1]
+    rows = paging.capacity(codes, page_table)
     return tail.new_empty((tail.shape[0], tail.shape[1], rows, tail.shape[3]), dtype=dtype)
 
 
