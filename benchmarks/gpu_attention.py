@@ -46,7 +46,7 @@ class Run:
     def __init__(self, output: Path, device: torch.device, budget: float, commit: str | None) -> None:
         self.output, self.device = output, device
         self.deadline = time.monotonic() + budget
-        self.old = False
+        self.old, self.triton = False, True
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.machine = machine(commit)
@@ -96,7 +96,7 @@ class Run:
             free(self.device)
             if shape.tokens == 1 and self.device.type == "cuda" and version_of("flashinfer") != "missing":
                 self._flashinfer(shape)
-            if shape.tokens == 1 and self.device.type == "cuda" and version_of("triton") != "missing":
+            if shape.tokens == 1 and self.device.type == "cuda" and self.triton and version_of("triton") != "missing":
                 self._triton(shape)
             same = [row for row in self.rows if row["kind"] == "fp16" and _same(row, shape)]
         timed = [row for row in same if row["kind"] == "fp16" and "us" in row]
@@ -298,7 +298,7 @@ def main(
     on = torch.device(device, 0) if device == "cuda" else torch.device(device)
     names = schemes.split() if schemes else None
     run = Run(output, on, budget, commit)
-    run.old = old
+    run.old, run.triton = old, not grid  # its kernels are compiled and tuned anew for every shape
     if quick_run:
         quick(run, names, tail)
     else:
