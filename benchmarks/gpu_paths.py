@@ -15,8 +15,8 @@ from hqmq_trt.native import RoleParams
 from hqmq_trt.native_attention import AttentionParams
 from hqmq_trt.scheme import ROLES, Scheme
 
-DECODE = 1
-"""enum hqmq_cuda_path: the fused decode kernel."""
+PLAIN, DECODE, PREFILL = 0, 1, 2
+"""enum hqmq_cuda_path of plugins/cuda/hqmq_cuda.h."""
 SHARED_MEMORY = {"99 KB": 101376, "163 KB": 166912, "227 KB": 232448}
 """Bytes that a block may have: of sm_86, 89 and 120; of sm_80 and 87; of sm_90 and 100."""
 

@@ -8,19 +8,20 @@ compiled code with cuobjdump (of a CUDA toolkit, or of torch's triton package); 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import re
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from hqmq_trt.errors import HqmqError
 
@@ -195,27 +196,26 @@ def table(kernels: Sequence[Kernel]) -> Iterator[str]:
         yield f"| {name} | {some.threads} | {some.shared} | {' | '.join(cells)} |"
 
 
-def main() -> int:
-    """Print the table; 1 if a bound is broken."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", help="libraries or objects")
+def main(files: Annotated[list[Path], typer.Argument(help="Libraries or objects.")]) -> None:
+    """Print the table; exit code 1 if a bound is broken."""
     kernels: list[Kernel] = []
     optimised = True
-    for path in parser.parse_args().files:
+    for path in files:
         try:
             found, fast = read(path)
         except HqmqError as error:
-            print(error, file=sys.stderr)
-            return 1
+            typer.echo(error, err=True)
+            raise typer.Exit(1) from None
         kernels += found
         optimised = optimised and fast
-    print(*table(kernels), sep="\n")
+    typer.echo("\n".join(table(kernels)))
     if not optimised:
-        print("not optimised: bounds of local memory do not count")
+        typer.echo("not optimised: bounds of local memory do not count")
     found_problems = problems(kernels, optimised)
-    print(*found_problems, sep="\n", file=sys.stderr)
-    return 1 if found_problems else 0
+    for problem in found_problems:
+        typer.echo(problem, err=True)
+    raise typer.Exit(int(bool(found_problems)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from benchmarks.gpu_paths import attention_path
+from benchmarks.gpu_paths import SHARED_MEMORY, attention_path
 from hqmq_trt import cuda, native
 from hqmq_trt.errors import HqmqError
 from tests.attention_cases import Attention, assert_same_caches, bits, relative_error
@@ -26,8 +26,6 @@ from tests.paged_cases import assert_same_pages, assert_untouched, paged
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "emulation"
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that a block may have on an H100."""
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hqmq_emulation_gpu": (None, [c_uint64, c_int32, c_int32, c_int32]),
     "hqmq_emulation_fault": (c_int, [c_char_p, c_void_p, c_void_p]),
@@ -73,7 +71,7 @@ class EmulatedGpu:
     library: CDLL
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def use(self, seed: int = 0, multiprocessors: int = 3, shared_limit: int = SHARED_LIMIT) -> None:
+    def use(self, seed: int = 0, multiprocessors: int = 3, shared_limit: int = SHARED_MEMORY["227 KB"]) -> None:
         """From now on, calls find such a GPU, for which prefill takes the kernel of sm_80.
 
         seed: of the order in which threads, blocks and copies run, which is another in each launch.

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.gpu_paths import use_kernels
+from benchmarks.gpu_paths import PLAIN, PREFILL, use_kernels
 from tests.attention_cases import Attention, attention_of, bits, with_sinks
 from tests.emulated_cuda import EmulatedGpu, assert_right, attend
 
-PLAIN, PREFILL = 0, 2  # enum hqmq_cuda_path
 PAST = (0, 3, 62, 64, 130)
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3}
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.gpu_paths import DECODE
 from tests.attention_cases import attention_of, bits, with_sinks
 from tests.emulated_cuda import EmulatedGpu, assert_right, attend
 
-DECODE = 1  # enum hqmq_cuda_path
 LIMIT = 2e-3  # of fp16 activations
 PAST = (0, 3, 60, 63, 64, 130, 200)
 MED3 = "paper:s96_r4+med3"

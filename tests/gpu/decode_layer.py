@@ -13,14 +13,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_paths import attention_path
+from benchmarks.gpu_paths import DECODE, attention_path
 from hqmq_trt import cuda, torch_attention
 from hqmq_trt.scheme import Scheme
 from tests.attention_cases import attention_of
 from tests.codec_cases import lengths
 
 DEVICE = "cuda"
-DECODE = 1  # enum hqmq_cuda_path
 LENGTHS = (1, 63, 64, 65, 4097, 130, 1000, 2377, 129)
 """Tokens a sequence holds after the call."""
 SINKS = 4

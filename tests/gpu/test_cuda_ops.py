@@ -15,6 +15,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import Attention, assert_same_caches, bits, relative_error, with_sinks
 from tests.codec_cases import activations, codebook, lengths
+from tests.gpu.graphs import captured
 from tests.gpu.requirements import KERNEL_TESTS
 
 pytestmark = KERNEL_TESTS
@@ -259,14 +260,7 @@ def test_a_captured_graph_serves_changing_lengths(name: str) -> None:
         y: Tensor = torch.ops.hqmq.attention_(q, k, v, past, new, None, books, cache, name, 128**-0.5)
         return y
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = step()
+    graph, y = captured(step)
     for i in range(steps):
         row = tuple(x[:, :, i : i + 1].contiguous() for x in inputs)
         counts = lengths(1, 1, i % 2)

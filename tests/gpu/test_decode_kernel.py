@@ -34,6 +34,7 @@ from tests.gpu.decode_layer import (
     layer,
     sink_ends,
 )
+from tests.gpu.graphs import captured
 from tests.gpu.requirements import KERNEL_TESTS
 
 pytestmark = [*KERNEL_TESTS, pytest.mark.usefixtures("clean_status")]
@@ -179,13 +180,7 @@ def test_a_captured_graph_serves_all_lengths(name: str, tokens: int, around: boo
     assert fast(q, k, case.scheme)
     past, new = held(tokens, ends)
     caches, static, static_new = case.clone(), past.clone(), new.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        case.attend((q, k, v), static, static_new, caches)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        y = case.attend((q, k, v), static, static_new, caches)
+    graph, y = captured(lambda: case.attend((q, k, v), static, static_new, caches))
     for shift in range(len(ends)):
         moved, moved_new = past.roll(shift), new.roll(shift)
         expected = case.attend((q, k, v), moved, moved_new, case.clone())

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_paths import attention_path, use_kernels
+from benchmarks.gpu_paths import DECODE, PREFILL, attention_path, use_kernels
 from hqmq_trt import cuda
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.scheme import ROLES
 from tests.attention_cases import Attention, bits, relative_error
 from tests.codec_cases import lengths
+from tests.gpu.graphs import captured
 from tests.gpu.requirements import KERNEL_TESTS
 from tests.paged_cases import Paged, assert_same_pages, assert_untouched, paged, pages_of
 
@@ -35,7 +36,6 @@ FASTEST, PLAIN, NO_WARPGROUPS = 0, 1, 2
 """use_kernels: those that a call gets, the plain ones, prefill without sm_90's."""
 OUTSIDE = (-1, 1 << 30, -(1 << 31))
 """Entries outside every pool."""
-DECODE, PREFILL = 1, 2  # enum hqmq_cuda_path
 
 
 @pytest.fixture(autouse=True)
@@ -219,14 +219,7 @@ def test_a_captured_graph_follows_the_table(name: str, head_dim: int) -> None:
         )
         return y
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = step()
+    graph, y = captured(step)
     pages, g = len(cache[0]), torch.Generator().manual_seed(5)
     held = list(PAST)
     for i in range(70):

@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_paths import attention_path, use_kernels
+from benchmarks.gpu_paths import PREFILL, attention_path, use_kernels
 from hqmq_trt import cuda, native, torch_attention
 from hqmq_trt.native import RoleParams
 from hqmq_trt.native_attention import AttentionParams
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import LIMITS, Attention, assert_close, assert_same_caches, bits
 from tests.codec_cases import lengths
+from tests.gpu.graphs import captured
 from tests.gpu.requirements import KERNEL_TESTS
 
 pytestmark = KERNEL_TESTS
 
 DEVICE = "cuda"
-PREFILL = 2  # enum hqmq_cuda_path
 PAST = (0, 1, 63, 64, 130, 1000, 2377, 5)
 NEW = (300, 299, 1, 65, 300, 17, 128, 0)
 TOKENS = max(NEW)
@@ -243,13 +243,7 @@ def test_a_captured_graph_serves_all_lengths() -> None:
     case = layer("hq3", 128)
     inputs, caches = case.inputs(torch.float16), case.clone()
     past, new = case.past.clone(), case.new.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        case.attend(inputs, caches, past, new)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        y = case.attend(inputs, caches, past, new)
+    graph, y = captured(lambda: case.attend(inputs, caches, past, new))
     for shift in range(len(PAST)):
         moved = case.new.roll(shift)
         expected = case.attend(inputs, case.clone(), case.past, moved)
