@@ -6,8 +6,8 @@ TensorRT plugins are compiled with (``--header``, plugins/trt/contract_table.h) 
 
 Symbols of shapes: B batch, H heads of K and V, Hq heads of Q (a multiple of H), T new tokens, D head_dim, P page_size,
 M pages, S secondaries, r radius_bits, W words of a token (hqmq_trt.format.words_per_token), U words of a page's outlier
-mask (hqmq_trt.format.mask_words), C outlier_capacity, N sink_tokens. S, r, W, U, C, N are of the role whose tensor it
-is.
+mask (hqmq_trt.format.mask_words), Z words of a page's scales (hqmq_trt.format.scale_words), C outlier_capacity, N
+sink_tokens. S, r, W, U, Z, C, N are of the role whose tensor it is.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _cache(name: str, attribute: str) -> tuple[TensorSpec, ...]:
     lead = ("B", "H")
     return (
         TensorSpec(f"{name}codes", "int32", (*lead, "M*P", "W"), "packed codes, or two fp16 a word"),
-        TensorSpec(f"{name}scales", "float16", (*lead, "M*P", 1), "scale of a token", (storage,)),
+        TensorSpec(f"{name}scales", "int32", (*lead, "M", "Z"), "scales of a page's tokens", (storage,)),
         TensorSpec(f"{name}mean", "float16", (*lead, "M", "D"), "mean of a page", mean),
         TensorSpec(f"{name}outlier_mask", "int32", (*lead, "M", "U"), "which chunks are outliers", outliers),
         TensorSpec(f"{name}outlier_value", "float16", (*lead, "M", "C", 4), "the outliers", outliers),

@@ -10,8 +10,8 @@ from typing import Any
 from hqmq_trt import contract
 from hqmq_trt.contract import Attribute, AttributeSpec, Dim, OperatorSpec, TensorSpec
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.format import FORMAT_VERSION, mask_words, words_per_token
-from hqmq_trt.scheme import RoleScheme, Storage
+from hqmq_trt.format import FORMAT_VERSION, mask_words, scale_words, words_per_token
+from hqmq_trt.scheme import Gain, RoleScheme, Storage
 
 _FIX = "export the model again with this version of hqmq-trt"
 
@@ -150,7 +150,7 @@ class _Sizes:
 
     def _own(self, symbol: Dim, spec: TensorSpec) -> str:
         """Symbols of one role are kept apart by the prefix of its tensors."""
-        if symbol not in ("S", "2^r", "W", "U", "C", "P+N"):
+        if symbol not in ("S", "2^r", "W", "U", "Z", "C", "P+N"):
             return str(symbol)
         name = (spec.alias or spec.name) + " "
         return next(prefix for prefix, _ in self.roles if name.startswith(prefix)) + str(symbol)
@@ -178,8 +178,9 @@ class _Sizes:
         wanted = {"U": mask_words(head_dim, page)}
         packed, secondaries = self._int(attribute + "storage"), self._known(prefix + "S")
         if secondaries or not packed:
-            role = RoleScheme("", Storage(packed), secondaries or 1, self._int(attribute + "radius_bits"))
-            wanted["W"] = words_per_token(role, head_dim)
+            gain = Gain(self._int(attribute + "gain"))
+            role = RoleScheme("", Storage(packed), secondaries or 1, self._int(attribute + "radius_bits"), gain=gain)
+            wanted |= {"W": words_per_token(role, head_dim), "Z": scale_words(role, page)}
         for symbol, size in wanted.items():
             if (found := self._known(prefix + symbol)) not in (None, size):
                 raise HqmqError(f"{self.where}: {prefix}{symbol} is {found}, head_dim {head_dim} needs {size}; {_FIX}")

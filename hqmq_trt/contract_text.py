@@ -104,8 +104,8 @@ The operators of the ONNX domain `{DOMAIN}`, as the exporter writes them and as 
 TensorRT run them. What they compute is in [semantics.md](semantics.md), what the cache holds in [format.md](format.md).
 
 **Shapes.** B batch, H heads of K and V, Hq heads of Q (a multiple of H), T new tokens, D `head_dim`, P `page_size`,
-M pages, S secondaries, r `radius_bits`, W words of a token, U words of a page's outlier mask, C `outlier_capacity`,
-N `sink_tokens`. S, r, W, U, C and N are those of the role (K or V) whose tensor it is.
+M pages, S secondaries, r `radius_bits`, W words of a token, U words of a page's outlier mask, Z words of a page's
+scales, C `outlier_capacity`, N `sink_tokens`. S, r, W, U, Z, C and N are those of the role (K or V) whose tensor it is.
 
 **Types.** T is one of {", ".join(f"`{name}`" for name in ACTIVATION_DTYPES)}: the same for all such tensors of a node.
 

@@ -8,6 +8,9 @@ n = code_bits in all. It is cut, low bits first, into *planes* whose widths are 
 first (12 → 8+4, 14 → 8+4+2, 16 → 16, 20 → 16+4). A token stores plane after plane, chunk 0 in the lowest bits of
 each: bit ``offset(plane) + chunk * width(plane)`` of a little-endian bit string in INT32 words. No field crosses
 a word.
+
+``scales`` of a page are such a string of bits, too, token 0 in the lowest: fp16 (gain MAX) or the 8 bits of a *short
+scale* (gain RMS), fp16 without its sign and its 7 lowest bits.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass
 
 from hqmq_trt.scheme import RoleScheme, Scheme
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ def words_per_token(role: RoleScheme, head_dim: int) -> int:
     """W: INT32 words one token and head take in ``codes``."""
     bits = role.code_bits * (head_dim // 4) if role.packed else 16 * head_dim
     return -(-bits // 32)
+
+
+def scale_words(role: RoleScheme, page_size: int) -> int:
+    """Z: INT32 words of a page's ``scales``."""
+    return page_size * role.scale_bits // 32
 
 
 def mask_words(head_dim: int, page_size: int) -> int:
@@ -81,7 +89,7 @@ def cache_tensors(
     name                      dtype    shape                  holds
     ========================  =======  =====================  ==================================================
     codes                     int32    [B, H, M*P, W]         packed codes (or two fp16 a word for ``fp16``)
-    scales (packed)           float16  [B, H, M*P, 1]         scale of a token
+    scales (packed)           int32    [B, H, M, Z]           scales of a page's tokens, 8 bits (gain RMS) or fp16 each
     mean (page_mean)          float16  [B, H, M, D]           mean of a page, after the Hadamard rotation
     outlier_mask (med3)       int32    [B, H, M, ⌈P*D/128⌉+1]  bit t*D/4+c: chunk c of token t is an outlier;
                                                               last word: outliers that found no slot
@@ -93,7 +101,7 @@ def cache_tensors(
     rows, lead = num_pages * page_size, (batch, num_kv_heads)
     tensors = [CacheTensor("codes", "int32", (*lead, rows, words_per_token(role, head_dim)))]
     if role.packed:
-        tensors.append(CacheTensor("scales", "float16", (*lead, rows, 1)))
+        tensors.append(CacheTensor("scales", "int32", (*lead, num_pages, scale_words(role, page_size))))
     if role.page_mean:
         tensors.append(CacheTensor("mean", "float16", (*lead, num_pages, head_dim)))
     if role.med3:

@@ -111,6 +111,11 @@ class RoleScheme:
         """Stored bits of one chunk: codeword index, radius level, sign."""
         return self.index_bits + self.radius_bits + 1
 
+    @property
+    def scale_bits(self) -> int:
+        """Stored bits of a token's scale: 8 (a short scale, hqmq_trt.format) with gain RMS, 16 (fp16) with MAX."""
+        return 8 if self.gain is Gain.RMS else 16
+
     def outlier_capacity(self, head_dim: int, page_size: int) -> int:
         """Outlier slots of one page and head, in chunks."""
         return math.ceil(self.outlier_fraction * page_size * (head_dim // 4)) if self.med3 else 0

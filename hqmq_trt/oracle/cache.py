@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hqmq_trt.format import cache_tensors, mask_words
-from hqmq_trt.oracle.codec import EncodedPage, decode_page, encode_page, pack, unpack
+from hqmq_trt.oracle.codec import EncodedPage, decode_page, encode_page, pack, pack_scales, unpack, unpack_scales
 from hqmq_trt.scheme import RoleScheme
 
 Cache = dict[str, Tensor]
@@ -62,7 +62,7 @@ def _store(cache: Cache, b: int, head: int, page: int, role: RoleScheme, codeboo
         return
     coded = encode_page(tokens.float(), role, codebook[head], levels)
     cache["codes"][b, head, rows] = pack(coded.codes, role)
-    cache["scales"][b, head, rows, 0] = coded.scales
+    cache["scales"][b, head, page] = pack_scales(coded.scales, role)
     if coded.mean is not None:
         cache["mean"][b, head, page] = coded.mean
     if coded.outlier is not None and coded.outlier_value is not None:
@@ -89,7 +89,7 @@ def _load(cache: Cache, b: int, head: int, page: int, role: RoleScheme, codebook
         outlier_value = cache["outlier_value"][b, head, page, : int(outlier.sum())]
     coded = EncodedPage(
         unpack(words, role, head_dim),
-        cache["scales"][b, head, rows, 0],
+        unpack_scales(cache["scales"][b, head, page], role),
         cache["mean"][b, head, page] if role.page_mean else None,
         outlier,
         outlier_value,

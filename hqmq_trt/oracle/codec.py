@@ -17,6 +17,7 @@ from hqmq_trt.format import planes, words_per_token
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
+LARGEST_SHORT_SCALE, SHORT_NAN = 247, 255
 _SEARCH_BLOCK = 1 << 14
 
 
@@ -24,7 +25,7 @@ _SEARCH_BLOCK = 1 << 14
 class EncodedPage:
     """A coded page of one head: `codes` int64 [P, C], `scales` fp16 [P], `mean` fp16 [D] or None, outliers.
 
-    `outlier` is bool [P, C]; `outlier_value` fp16 [n, 4] in the order of the set bits; `dropped` counts outliers
+    Short scales are widened to fp16. `outlier` is bool [P, C]; `outlier_value` fp16 [n, 4] in the order of the set bits; `dropped` counts outliers
     that found no slot.
     """
 
@@ -134,6 +135,36 @@ def _outliers(norm2: Tensor, capacity: int) -> tuple[Tensor, int]:
     return chosen.reshape(norm2.shape), max(len(above) - capacity, 0)
 
 
+def short_scale(scales: Tensor) -> Tensor:
+    """The nearest short scale, int64 0…247, of finite fp16 numbers of at least 0."""
+    return ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(LARGEST_SHORT_SCALE)
+
+
+def scale_of_short(short: Tensor) -> Tensor:
+    """fp16 numbers of short scales, integers in 0…255."""
+    return (short << 7).to(torch.int16).view(torch.float16)
+
+
+def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the short scale nearest to `scales` [P] and the two beside it the one that leaves the least error, as fp16
+    [P], and the levels [P, C] that go with it; `projection` and `counted`: [P, C]."""
+    nearest = short_scale(scales)
+    middle = (levels[1:] + levels[:-1]) * 0.5
+    best_error = torch.full(scales.shape, math.inf)
+    best_scale, best_level = torch.zeros_like(scales), torch.zeros(projection.shape, dtype=torch.int64)
+    for short in (nearest, nearest - 1, nearest + 1):
+        allowed = (nearest > 0) & (short >= 1) & (short <= LARGEST_SHORT_SCALE)
+        scale = scale_of_short(short.clamp(1, LARGEST_SHORT_SCALE))
+        level = (projection / scale.float()[:, None])[..., None].gt(middle).sum(-1)
+        radius = levels[level] * scale.float()[:, None]
+        error = tree_sum(torch.where(counted, radius * (radius - (projection + projection)), 0.0), 1)
+        better = allowed & (error < best_error)
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_level = torch.where(better[:, None], level, best_level)
+    return best_scale, best_level
+
+
 def encode_page(page: Tensor, role: RoleScheme, secondaries: Tensor, levels: Tensor) -> EncodedPage:
     """Code one full page [P, D] (fp16 values) of one head with secondaries [S, 4] and levels [2^r].
 
@@ -166,13 +197,11 @@ def encode_page(page: Tensor, role: RoleScheme, secondaries: Tensor, levels: Ten
     scales = raw.clamp_max(_HALF_MAX).half()
 
     word, negative, projection = nearest_word(chunks.reshape(-1, 4), secondaries)
-    step = scales.float()[:, None]
     if role.gain is Gain.MAX:
-        level = (norm2.sqrt() / step).round().clamp_max(len(levels) - 1)
+        level = (norm2.sqrt() / scales.float()[:, None]).round().clamp_max(len(levels) - 1)
     else:
-        middle = (levels[1:] + levels[:-1]) * 0.5
-        level = (projection.reshape(norm2.shape) / step)[..., None].gt(middle).sum(-1)
-    coded = ~outlier & (step > 0) & finite[:, None]
+        scales, level = _best_scale(scales, projection.reshape(norm2.shape), ~outlier, levels)
+    coded = ~outlier & (scales.float()[:, None] > 0) & finite[:, None]
     level = torch.where(coded, level, 0).long()
     code = word.reshape(norm2.shape) | level << role.index_bits
     code = code | negative.reshape(norm2.shape).long() << (role.index_bits + role.radius_bits)
@@ -195,6 +224,23 @@ def decode_page(page: EncodedPage, role: RoleScheme, secondaries: Tensor, levels
     if page.mean is not None:
         x = x + page.mean.float()
     return hadamard(x) if role.hadamard else x
+
+
+def pack_scales(scales: Tensor, role: RoleScheme) -> Tensor:
+    """fp16 scales of a page [P] to its words, int32 [Z]."""
+    bits = scales.view(torch.int16).long() & 0xFFFF
+    bits = torch.where(scales.isnan(), SHORT_NAN, bits >> 7) if role.scale_bits == 8 else bits
+    fields = bits.reshape(-1, 32 // role.scale_bits) << torch.arange(0, 32, role.scale_bits)
+    words = fields.sum(1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def unpack_scales(words: Tensor, role: RoleScheme) -> Tensor:
+    """Words of a page, int32 [Z], to fp16 scales [P]; the inverse of :func:`pack_scales`."""
+    bits = (words.long()[:, None] >> torch.arange(0, 32, role.scale_bits)) & ((1 << role.scale_bits) - 1)
+    if role.scale_bits == 8:
+        return scale_of_short(bits.flatten())
+    return bits.flatten().to(torch.int16).view(torch.float16)
 
 
 def pack(codes: Tensor, role: RoleScheme) -> Tensor:

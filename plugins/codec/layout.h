@@ -59,6 +59,28 @@ HQMQ_HD int MaskWords(const RoleParams& role) {
   return (role.page_size * (role.head_dim / 4) + 31) / 32 + 1;
 }
 
+// A token's scale: fp16, or the 8 bits of a short scale, bits 14…7 of fp16 (docs/format.md).
+HQMQ_HD constexpr int ScaleBits(Gain gain) { return gain == Gain::kRms ? 8 : 16; }
+
+// Z: int32 words of a page's scales.
+HQMQ_HD int ScaleWords(const RoleParams& role) { return role.page_size * ScaleBits(role.gain) / 32; }
+
+constexpr uint32_t kLargestShortScale = 247;
+constexpr uint8_t kShortNan = 255;
+
+// The short scale nearest to a finite fp16 number of at least 0.
+HQMQ_HD uint32_t ShortScale(uint16_t half) {
+  const uint32_t nearest = (half + 64u) >> 7;
+  return nearest < kLargestShortScale ? nearest : kLargestShortScale;
+}
+
+// Bits of fp16 of token t's scale. scales: the words of its page; pages of one role lie one after
+// another without gaps, so that t may also count from an earlier page's start.
+HQMQ_HD uint16_t ReadScale(Gain gain, const int32_t* scales, int64_t t) {
+  if (gain == Gain::kMax) return reinterpret_cast<const uint16_t*>(scales)[t];
+  return static_cast<uint16_t>(reinterpret_cast<const uint8_t*>(scales)[t] << 7);
+}
+
 HQMQ_HD uint32_t MakeCode(const Layout& layout, uint32_t index, uint32_t level, uint32_t negative) {
   return index | level << layout.index_bits | negative << (layout.index_bits + layout.radius_bits);
 }

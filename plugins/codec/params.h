@@ -30,7 +30,7 @@ struct RoleParams {
 // fp16 values travel as uint16_t bits.
 struct RoleCache {
   int32_t* codes;           // [B, H, M*P, W]
-  uint16_t* scales;         // [B, H, M*P, 1]
+  int32_t* scales;          // [B, H, M, Z]
   uint16_t* mean;           // [B, H, M, D]
   int32_t* outlier_mask;    // [B, H, M, mask_words]
   uint16_t* outlier_value;  // [B, H, M, cap, 4]
