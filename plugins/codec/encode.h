@@ -71,6 +71,13 @@ HQMQ_HD F ChunkLevel(Gain gain, int radius_bits, F norm2, F projection, F scale,
   return level;
 }
 
+// Squared error of a chunk coded with that radius (level times scale), minus its squared norm: by
+// the sum over a token's chunks a short scale is chosen (docs/format.md, arithmetic, step 9).
+template <class F>
+HQMQ_HD F RadiusError(F radius, F projection) {
+  return Mul(radius, Sub(radius, Add(projection, projection)));
+}
+
 // Code of a chunk as an integer in F (at most 23 bits, exact) from its nearest word. norm2 below 0
 // marks an outlier: code 0. scale 0 (a token of zeros, or a non-finite one) gives code 0.
 template <class F>
