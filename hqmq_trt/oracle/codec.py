@@ -25,8 +25,8 @@ _SEARCH_BLOCK = 1 << 14
 class EncodedPage:
     """A coded page of one head: `codes` int64 [P, C], `scales` fp16 [P], `mean` fp16 [D] or None, outliers.
 
-    Short scales are widened to fp16. `outlier` is bool [P, C]; `outlier_value` fp16 [n, 4] in the order of the set bits;
-    `dropped` counts outliers that found no slot.
+    Short scales are widened to fp16. `outlier` is bool [P, C]; `outlier_value` fp16 [n, 4] in the order of the set
+    bits; `dropped` counts outliers that found no slot.
     """
 
     codes: Tensor
