@@ -85,6 +85,13 @@ struct DecodeBlock {
   // records take the place of the codes, they do so after the tile.
   static constexpr bool kFillsWithin = Key::kCompact && !kOutliers;
 
+  // Before a stage is filled anew. Loads of V's codes may be issued just before the bulk copies,
+  // which write without asking whether they have read: only a fence keeps them apart.
+  static __device__ __forceinline__ void ReadsAreDone() {
+    ptx::ProxyFence();
+    __syncwarp();
+  }
+
   // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`. fill: fills
   // this stage, if kFillsWithin.
   template <class Fill>
@@ -143,7 +150,7 @@ struct DecodeBlock {
     }
     // Not before K's products, whose codes would lie in registers meanwhile.
     if constexpr (kFillsWithin && D <= 128) {
-      __syncwarp();
+      ReadsAreDone();
       fill();
     }
     float score[4], scale[4];
@@ -199,7 +206,7 @@ struct DecodeBlock {
       if (D > 128) load_values(half);
       if constexpr (kFillsWithin && D > 128) {
         if (half == 1) {
-          __syncwarp();
+          ReadsAreDone();
           fill();
         }
       }
