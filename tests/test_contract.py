@@ -16,7 +16,7 @@ from hqmq_trt.contract import ATTENTION, DEQUANTIZE, QUANTIZE, Attribute, Tensor
 from hqmq_trt.contract_check import NodeTensor, check_model, check_node
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export import export_model
-from hqmq_trt.format import cache_tensors, mask_words, words_per_token
+from hqmq_trt.format import cache_tensors, mask_words, scale_words, words_per_token
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.scheme import Scheme
 
@@ -57,6 +57,7 @@ def sizes(scheme: Scheme, role: str) -> dict[str, int]:
         "2^r": 2**codec.radius_bits,
         "W": words_per_token(codec, HEAD_DIM),
         "U": mask_words(HEAD_DIM, page),
+        "Z": scale_words(codec, page),
         "C": codec.outlier_capacity(HEAD_DIM, page),
     }
 
@@ -201,7 +202,7 @@ WRONG_TENSORS: list[tuple[str, str, NodeTensor, str]] = [
     ("inputs", "k", NodeTensor(None, (3, 2, 5)), "input 'k' has shape"),
     ("inputs", "v", NodeTensor(None, (3, 3, 5, 32)), "dimension H is 3, but 2 of"),
     ("inputs", "q", NodeTensor(None, (3, 5, 5, 32)), "q has 5 heads"),
-    ("inputs", "key_scales", NodeTensor(None, (3, 2, 192, 2)), "input 'key_scales' has shape"),
+    ("inputs", "key_scales", NodeTensor(None, (3, 2, 3, 17)), "key_Z is 17, head_dim 32 needs 16"),
     ("inputs", "key_levels", NodeTensor(None, (8,)), "dimension key_2\\^r is 8, but 16 of radius_bits"),
     ("inputs", "value_codes", NodeTensor(None, (3, 2, 192, 5)), "W is 5"),
     ("inputs", "key_tail", NodeTensor(None, (3, 2, 64, 32)), "key_P\\+N is 64, but 68 of page_size and k_sink_tokens"),
