@@ -17,7 +17,7 @@ import torch
 from hqmq_trt import native, oracle
 from hqmq_trt.codebooks import haar, optimised
 from hqmq_trt.format import FORMAT_VERSION, mask_words, planes, words_per_token
-from hqmq_trt.oracle.codec import unpack_scales
+from hqmq_trt.oracle.codec import LARGEST_SHORT_SCALE, SHORT_NAN, unpack_scales
 from hqmq_trt.scheme import Gain, RoleScheme, Scheme
 from tests.codec_cases import activations, cache_digest, cases, codebook, lengths, oracle_quantize, same_bytes
 
@@ -131,6 +131,27 @@ def test_not_finite_is_an_error_and_writes_nothing(bad: float, name: str) -> Non
     native.append(x, lengths(0, 4), lengths(20, 17), scheme.value, book, list(cache.values()))
 
 
+@pytest.mark.parametrize("head_dim", [12, 32, 128])
+@pytest.mark.parametrize("name", ["hq3", "hq5", "hq:s10_r2", "hq:s42_r4+med3"])
+def test_short_scales_from_the_least_to_the_largest(name: str, head_dim: int) -> None:
+    """Tokens of every size fp16 has, with a spread within the token that makes the three candidates differ."""
+    scheme = Scheme.parse(f"{name}@p256")
+    role = replace(scheme.key, hadamard=False, page_mean=False)
+    book = codebook(role, 1)
+    g = torch.Generator().manual_seed(5)
+    size = torch.exp2(torch.linspace(-25, 16, 1024))[:, None]
+    x = (torch.randn(1024, head_dim, generator=g) * size).clamp(-65504, 65504)
+    x[-64:] = 65504.0 * (1 - 2.0 * (torch.rand(64, head_dim, generator=g) > 0.5))
+    cache = oracle.empty_cache(role, 256, head_dim, 1, 1, 4)
+    rows = x[None, None].half()
+    want = oracle_quantize(rows, lengths(0), lengths(1024), role, book, cache)
+    native.append(rows, lengths(0), lengths(1024), role, book, list(cache.values()))
+    same_bytes(cache, want)
+    found = cache["scales"].view(torch.uint8).flatten()
+    assert found.min() == 0 and found[-1] == LARGEST_SHORT_SCALE
+    assert set(range(2, LARGEST_SHORT_SCALE)) - set(found.tolist()) == set()
+
+
 @pytest.mark.parametrize("name", ["hq3@p16", "paper:s8_r3@p16", "paper:s8_r3+med3@p16"])
 def test_nan_in_a_tail_becomes_nan_not_codes(name: str) -> None:
     role = Scheme.parse(name).key
@@ -142,6 +163,8 @@ def test_nan_in_a_tail_becomes_nan_not_codes(name: str) -> None:
     native.append(activations(1, 1, 1, 64), lengths(15), lengths(1), role, book, list(cache.values()))
     same_bytes({k: v for k, v in cache.items() if k != "mean"}, {k: v for k, v in want.items() if k != "mean"})
     assert unpack_scales(cache["scales"][0, 0, 0], role)[6].isnan()
+    bits = cache["scales"].view(torch.uint8 if role.gain is Gain.RMS else torch.int16)[0, 0, 0]
+    assert int(bits[6]) == (SHORT_NAN if role.gain is Gain.RMS else 0x7E00)
     assert int(cache["codes"][0, 0, 6].count_nonzero()) == 0
 
 

@@ -204,6 +204,7 @@ WRONG_TENSORS: list[tuple[str, str, NodeTensor, str]] = [
     ("inputs", "q", NodeTensor(None, (3, 5, 5, 32)), "q has 5 heads"),
     ("inputs", "key_scales", NodeTensor(None, (3, 2, 192)), "input 'key_scales' has shape"),
     ("inputs", "value_scales", NodeTensor(None, (3, 2, 3, 32)), "value_Z is 32"),
+    ("inputs", "key_scales", NodeTensor(None, (3, 2, 3, 17)), "key_Z is 17, head_dim 32 needs 16"),
     ("inputs", "key_levels", NodeTensor(None, (8,)), "dimension key_2\\^r is 8, but 16 of radius_bits"),
     ("inputs", "value_codes", NodeTensor(None, (3, 2, 192, 5)), "W is 5"),
     ("inputs", "key_tail", NodeTensor(None, (3, 2, 64, 32)), "key_P\\+N is 64, but 68 of page_size and k_sink_tokens"),
