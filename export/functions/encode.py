@@ -93,9 +93,8 @@ def _best_scale(
     level = chosen
     twice = o.Add(projection, projection)
     for step in (0, -1, 1):
-        short = o.Add(nearest, step) if step else nearest
-        inside = o.And(o.GreaterOrEqual(short, 1), o.LessOrEqual(short, LARGEST_SHORT_SCALE))
-        short = o.Min(o.Max(short, 1), LARGEST_SHORT_SCALE)
+        # One outside becomes the nearest again, which is not better than itself.
+        short = o.Min(o.Max(o.Add(nearest, step), 1), LARGEST_SHORT_SCALE)
         scale = o.Gather(SHORT_SCALES, short)
         found = _count_below(o, o.Div(projection, scale), levels, codec.radius_bits)
         radius = o.Mul(o.Gather(levels, found), scale)
@@ -103,7 +102,7 @@ def _best_scale(
         if counted is not None:
             errors = o.Where(counted, errors, 0.0)
         total = o.tree_sum(errors, codec.chunks, 3)
-        better = o.And(o.And(inside, o.Greater(nearest, 0)), o.Less(total, error))
+        better = o.And(o.Greater(nearest, 0), o.Less(total, error))
         error = o.Where(better, total, error)
         chosen, level = o.Where(better, short, chosen), o.Where(better, found, level)
     return chosen, level
