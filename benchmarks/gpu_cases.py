@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_paths import attention_path
 from benchmarks.gpu_timing import Step, copies_for
 from hqmq_trt import codebooks, cuda, native, native_attention, torch_attention
-from hqmq_trt.format import cache_tensors, stored_bits
+from hqmq_trt.format import LARGEST_SHORT_SCALE, cache_tensors, stored_bits
 from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
 
 BLOCK = 4096

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from hqmq_trt.format import LARGEST_SHORT_SCALE
+
 from .codec import Codec
 from .ops import FLOAT, INT32, INT64, Ops
 
 _WORD = 1 << 32
 _BYTE_PLACES = np.left_shift(1, np.arange(0, 32, 8, dtype=np.int64))
-LARGEST_SHORT_SCALE, SHORT_NAN = 247, 255
 SHORT_SCALES = (np.arange(256, dtype=np.uint16) << 7).view(np.float16).astype(np.float32)
 """What short scales stand for."""
 _SMALLEST = np.full(256, np.inf, np.float32)

@@ -9,18 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN
 from hqmq_trt.scheme import OUTLIER_FACTOR
 
-from .bits import (
-    LARGEST_SHORT_SCALE,
-    SHORT_NAN,
-    SHORT_SCALES,
-    half_to_words,
-    pack,
-    pack_scales,
-    short_scale,
-    signed,
-)
+from .bits import SHORT_SCALES, half_to_words, pack, pack_scales, short_scale, signed
 from .codec import Codec
 from .ops import DOUBLE, FLOAT, HALF, INT32, INT64, Ops
 
