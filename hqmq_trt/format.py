@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from hqmq_trt.scheme import RoleScheme, Scheme
 
 FORMAT_VERSION = 3
+LARGEST_SHORT_SCALE, SHORT_NAN = 247, 255
+"""Short scales of 61440 and of a token that was not finite."""
 
 
 @dataclass(frozen=True)

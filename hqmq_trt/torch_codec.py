@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from hqmq_trt.codebooks import HALF_PRIMARIES
-from hqmq_trt.format import planes, words_per_token
+from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN, planes, words_per_token
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
-_LARGEST_SHORT_SCALE, _SHORT_NAN = 247, 255
 _SEARCH_FLOATS = 1 << 22
 """Floats of one temporary of the codeword search."""
 
@@ -151,7 +150,7 @@ def pack_scales(scales: Tensor, role: RoleScheme) -> Tensor:
     """fp16 scales [..., P] to int32 words [..., Z]."""
     bits = scales.view(torch.int16).long() & 0xFFFF
     if role.scale_bits == 8:
-        bits = torch.where(scales.isnan(), _SHORT_NAN, bits >> 7)
+        bits = torch.where(scales.isnan(), SHORT_NAN, bits >> 7)
     fields = bits.unflatten(-1, (-1, 32 // role.scale_bits))
     return _wrap((fields << torch.arange(0, 32, role.scale_bits, device=scales.device)).sum(-1))
 
@@ -166,17 +165,17 @@ def unpack_scales(words: Tensor, role: RoleScheme) -> Tensor:
 def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Of the short scale nearest to fp16 `scales` [..., 1] and the two beside it the one that leaves the least error,
     and the levels [..., C] that go with it (docs/format.md, arithmetic, step 9)."""
-    nearest = ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(_LARGEST_SHORT_SCALE)
+    nearest = ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(LARGEST_SHORT_SCALE)
     middle = (levels[1:] + levels[:-1]) * 0.5
     best = torch.zeros_like(scales)
     best_level = torch.zeros(projection.shape, dtype=torch.long, device=scales.device)
     least = torch.full(scales.shape, math.inf, device=scales.device)
     for short in (nearest, nearest - 1, nearest + 1):
-        scale = (short.clamp(1, _LARGEST_SHORT_SCALE) << 7).to(torch.int16).view(torch.float16)
+        scale = (short.clamp(1, LARGEST_SHORT_SCALE) << 7).to(torch.int16).view(torch.float16)
         level = torch.bucketize(projection / scale.float(), middle)
         radius = levels[level] * scale.float()
         error = _tree_sum(torch.where(counted, radius * (radius - (projection + projection)), 0.0))[..., None]
-        allowed = (nearest > 0) & (short >= 1) & (short <= _LARGEST_SHORT_SCALE)
+        allowed = (nearest > 0) & (short >= 1) & (short <= LARGEST_SHORT_SCALE)
         better = allowed & (error < least)
         best, best_level = torch.where(better, scale, best), torch.where(better, level, best_level)
         least = torch.where(better, error, least)

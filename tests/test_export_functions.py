@@ -185,3 +185,29 @@ def test_nan_stays_nan(scheme: str) -> None:
     dense = dequantize(count, *book, *cache)[0]
     assert dense[0, 1, 6].isnan().all()
     assert dense[0, 1, 3].isnan().sum() == (1 if role.sink_tokens else head_dim)
+
+
+@pytest.mark.parametrize("scheme", ["hq4@p8", "hq:s10_r2+med3@p16", "paper:s8_r3@p8"])
+def test_smallest_and_largest_scales(scheme: str) -> None:
+    """Tokens of zeros, below the smallest and beyond the largest scale, and all sizes between."""
+    parsed = Scheme.parse(scheme)
+    role, page, head_dim, pages = parsed.key, parsed.page_size, 16, 12
+    quantize, dequantize = (Node(op, role, page, head_dim) for op in (contract.QUANTIZE, contract.DEQUANTIZE))
+    book = codebook_of(role, "key")
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, HEADS, pages * page, head_dim, generator=generator)
+    x = x * torch.exp2(torch.linspace(-32, 18, pages * page)[:, None])
+    x[:, :, 5 * page + 2 : 5 * page + 4] = 0
+    x = x.clamp(-65504, 65504).half().float()
+    empty = oracle.empty_cache(role, page, head_dim, HEADS, 1, pages)
+    zero, count = torch.zeros(1, dtype=torch.int32), torch.tensor([pages * page], dtype=torch.int32)
+    cache = quantize(x, zero, count, *book, *empty.values())
+    expected = oracle.quantize(x, zero, count, role, book[0], book[1], empty)
+    for name, tensor in zip(expected, cache, strict=True):
+        # By value: ONNX Runtime casts a small negative float32 to fp16 +0, torch to -0.
+        assert torch.equal(tensor, expected[name]), name
+    stored = expected["scales"].view(torch.uint8 if role.scale_bits == 8 else torch.int16)
+    assert stored.min() == 0
+    assert stored.max() >= (246 if role.scale_bits == 8 else 0x7000)
+    dense = dequantize(count, *book, *cache)[0]
+    torch.testing.assert_close(dense, oracle.dequantize(expected, count, role, *book), rtol=0, atol=0)

@@ -64,7 +64,7 @@ def test_bytes_of_a_step_are_those_of_full_pages_and_the_tail() -> None:
     shape = Shape(2, 256, group=2, head_dim=64, heads=2)
     case = Ours(shape, "hq3", CPU)
     words, pages, rest = 6, 4, 32  # 12 bits for each of 16 chunks; 256 + 32 tokens, 4 pages of 64
-    key, value = 64 * (4 * words + 2) + 2 * 64, 64 * (4 * words + 2)
+    key, value = 64 * (4 * words + 1) + 2 * 64, 64 * (4 * words + 1)
     expected = 2 * 2 * (pages * (key + value) + 2 * (rest + 4) * 2 * 64) + 2 * 2 * 4 * 64 * 2
     assert case.bytes_read() == expected
     outliers = Ours(shape, "paper:s96_r4+med3", CPU)
@@ -73,9 +73,27 @@ def test_bytes_of_a_step_are_those_of_full_pages_and_the_tail() -> None:
 
 
 def test_pages_of_a_cache_differ() -> None:
-    cache = build_cache(Scheme.parse("hq3"), "key", 2, 64, 2, 512, CPU)
-    scales = cache[1].unflatten(2, (8, 64)).flatten(3).transpose(1, 2).flatten(0, 1).flatten(1)
-    assert len({tuple(page.tolist()) for page in scales}) == 16
+    for name in ("hq3", "paper:s8_r3"):
+        cache = build_cache(Scheme.parse(name), "key", 2, 64, 2, 512, CPU)
+        scales = cache[1].transpose(1, 2).flatten(0, 1).flatten(1)
+        assert len({tuple(page.tolist()) for page in scales}) == 16
+
+
+def test_scales_change_a_little_and_stay_scales() -> None:
+    g = torch.Generator().manual_seed(0)
+    short = torch.arange(248).to(torch.uint8).reshape(1, 31, 8)
+    words = short.clone().view(torch.int32)
+    gpu_cases._change_scales(words, Scheme.parse("hq3").key, g)
+    change = words.view(torch.uint8).int() - short.int()
+    assert change.unique().tolist() == [-1, 0, 1]
+    assert change[0, 0, 0] == 0
+    assert change[0, 0, 1] >= 0
+    assert change[0, 30, 7] <= 0
+    half = torch.full((1, 4, 64), 2.0).half()
+    gpu_cases._change_scales(half.view(torch.int32), Scheme.parse("paper:s8_r3").key, g)
+    assert half.min() >= 1
+    assert half.max() <= 3
+    assert half.unique().numel() > 50
 
 
 def row(**values: Any) -> dict[str, Any]:

@@ -6,10 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from hqmq_trt.format import LARGEST_SHORT_SCALE
+
 from .codec import Codec
 from .ops import FLOAT, INT32, INT64, Ops
 
 _WORD = 1 << 32
+_BYTE_PLACES = np.left_shift(1, np.arange(0, 32, 8, dtype=np.int64))
+SHORT_SCALES = (np.arange(256, dtype=np.uint16) << 7).view(np.float16).astype(np.float32)
+"""What short scales stand for."""
+_SMALLEST = np.full(256, np.inf, np.float32)
+"""The smallest number whose nearest short scale is the index (docs/format.md, arithmetic, step 6)."""
+_SMALLEST[: LARGEST_SHORT_SCALE + 1] = (
+    ((np.arange(LARGEST_SHORT_SCALE + 1) << 7) - 64).clip(0).astype(np.uint16).view(np.float16)
+)
 
 
 def _fields(codec: Codec) -> list[tuple[int, int, int, int]]:
@@ -80,6 +90,32 @@ def words_to_half(o: Ops, words: Any, head_dim: int) -> Any:
     special = o.Where(o.Equal(mantissa, 0), _scalar(np.inf), _scalar(np.nan))
     size = o.Where(o.Equal(exponent, 31), special, size)
     return o.Where(o.GreaterOrEqual(bits, 0x8000), o.Neg(size), size)
+
+
+def pack_scales(o: Ops, short: Any, codec: Codec) -> Any:
+    """Short scales int64 [H, N, P, 1] to the words of their pages, int32 [H, N, 1, Z]."""
+    fields = o.Mul(o.Reshape(short, [0, 0, codec.page_size // 4, 4]), _BYTE_PLACES)
+    return signed(o, o.Unsqueeze(o.ReduceSum(fields, [3], keepdims=0), [2]))
+
+
+def unpack_scales(o: Ops, words: Any, codec: Codec) -> Any:
+    """Words of pages, int32 [B, H, M, Z], to the float32 scales [B, H, M*P, 1] that they hold."""
+    if codec.rms:
+        short = o.Mod(o.Div(o.Unsqueeze(unsigned(o, words), [4]), _BYTE_PLACES), 1 << 8)
+        scales = o.Gather(SHORT_SCALES, short)
+    else:
+        scales = words_to_half(o, words, codec.page_size)
+    return o.Reshape(scales, [0, 0, -1, 1])
+
+
+def short_scale(o: Ops, half: Any) -> Any:
+    """The nearest short scale, int64 0…247, of finite fp16 numbers of at least 0 of rank 4: a binary search over the
+    smallest number of each, as numbers of at least 0 are in the order of their bits."""
+    short: Any = np.zeros((1, 1, 1, 1), np.int64)
+    for bit in reversed(range(8)):
+        higher = o.Add(short, 1 << bit)
+        short = o.Where(o.GreaterOrEqual(half, o.Gather(_SMALLEST, higher)), higher, short)
+    return short
 
 
 def _scalar(value: float) -> Any:

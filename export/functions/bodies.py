@@ -172,7 +172,7 @@ def _decode(o: Ops, cache: dict[str, Any], secondaries: Any, levels: Any, codec:
     index = o.Mod(code, 1 << codec.index_bits)
     level = o.Mod(o.Div(code, 1 << codec.index_bits), 1 << codec.radius_bits)
     minus = o.GreaterOrEqual(code, 1 << (codec.index_bits + codec.radius_bits))
-    radius = o.Mul(o.Gather(levels, level), o.to(cache["scales"], FLOAT))
+    radius = o.Mul(o.Gather(levels, level), bits.unpack_scales(o, cache["scales"], codec))
     radius = o.Where(minus, o.Neg(radius), radius)
     # An index past the table can only stand in rows that hold nothing.
     heads = np.arange(codec.heads, dtype=np.int64).reshape(1, -1, 1, 1) * (12 * codec.secondaries)

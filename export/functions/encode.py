@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN
 from hqmq_trt.scheme import OUTLIER_FACTOR
 
-from .bits import pack, signed
+from .bits import SHORT_SCALES, half_to_words, pack, pack_scales, short_scale, signed
 from .codec import Codec
 from .ops import DOUBLE, FLOAT, HALF, INT32, INT64, Ops
 
@@ -22,7 +23,7 @@ _INFINITY = np.array(np.inf, np.float32)
 
 
 def encode(o: Ops, pages: Any, secondaries: Any, levels: Any, codec: Codec) -> list[Any]:
-    """Code full pages float16 [H, N, P, D]: codes [H, N, P, W], scales [H, N, P, 1], then mean [H, N, 1, D],
+    """Code full pages float16 [H, N, P, D]: codes [H, N, P, W], scales [H, N, 1, Z], then mean [H, N, 1, D],
     outlier_mask [H, N, 1, words] and outlier_value [H, N, cap, 4] as the codec has them."""
     chunk_count, tokens = codec.chunks, codec.page_size
     x = o.to(pages, FLOAT)
@@ -51,22 +52,52 @@ def encode(o: Ops, pages: Any, secondaries: Any, levels: Any, codec: Codec) -> l
         raw = o.Sqrt(o.Div(o.tree_sum(kept, chunk_count, 3), o.Mul(number, 4.0)))
     else:
         raw = o.Div(o.Sqrt(o.ReduceMax(kept, [3], keepdims=1)), float(2**codec.radius_bits - 1))
-    scales = o.to(o.Min(raw, _HALF_MAX), HALF)
-    step = o.to(scales, FLOAT)
-    coded = o.And(coded, o.Greater(step, 0.0))
+    step = o.to(o.to(o.Min(raw, _HALF_MAX), HALF), FLOAT)
 
     flat = [o.Reshape(o.Where(finite, part, 0.0), [codec.heads, -1, 1]) for part in parts]
     shape = o.Shape(norm2)
     word, negative, projection = (o.Reshape(found, shape) for found in _nearest(o, flat, secondaries, codec))
     if codec.rms:
-        level = _count_below(o, o.Div(projection, step), levels, codec.radius_bits)
+        counted = o.Not(outlier) if codec.outlier_capacity else None
+        short, level = _best_scale(o, short_scale(o, step), projection, counted, levels, codec)
+        coded = o.And(coded, o.Greater(short, 0))
+        scales = pack_scales(o, o.Where(finite, short, SHORT_NAN), codec)
     else:
+        coded = o.And(coded, o.Greater(step, 0.0))
+        half = o.Reshape(o.Where(finite, step, np.array(np.nan, np.float32)), [0, 0, 1, tokens])
+        scales = half_to_words(o, half, tokens)
         ratio = o.Min(o.Round(o.Div(o.Sqrt(norm2), step)), float(2**codec.radius_bits - 1))
         level = o.to(o.Where(coded, ratio, 0.0), INT64)
     code = o.Add(word, o.Mul(level, 1 << codec.index_bits))
     code = o.Add(code, o.Mul(negative, 1 << (codec.index_bits + codec.radius_bits)))
     codes = pack(o, o.Where(coded, code, 0), codec)
-    return [codes, o.Where(finite, scales, np.array(np.nan, np.float16)), *results]
+    return [codes, scales, *results]
+
+
+def _best_scale(
+    o: Ops, nearest: Any, projection: Any, counted: Any | None, levels: Any, codec: Codec
+) -> tuple[Any, Any]:
+    """Of the short scales `nearest` int64 [H, N, P, 1] and the two beside it the one that leaves the least error, and
+    the levels int64 [H, N, P, C] that go with it; projection [H, N, P, C]; counted: bool, the chunks that are no
+    outliers (None: all). Short scale 0 stays, with levels 0."""
+    error: Any = _INFINITY
+    chosen: Any = np.zeros((1, 1, 1, 1), np.int64)
+    level = chosen
+    twice = o.Add(projection, projection)
+    for step in (0, -1, 1):
+        # One outside becomes the nearest again, which is not better than itself.
+        short = o.Min(o.Max(o.Add(nearest, step), 1), LARGEST_SHORT_SCALE)
+        scale = o.Gather(SHORT_SCALES, short)
+        found = _count_below(o, o.Div(projection, scale), levels, codec.radius_bits)
+        radius = o.Mul(o.Gather(levels, found), scale)
+        errors = o.Mul(radius, o.Sub(radius, twice))
+        if counted is not None:
+            errors = o.Where(counted, errors, 0.0)
+        total = o.tree_sum(errors, codec.chunks, 3)
+        better = o.And(o.Greater(nearest, 0), o.Less(total, error))
+        error = o.Where(better, total, error)
+        chosen, level = o.Where(better, short, chosen), o.Where(better, found, level)
+    return chosen, level
 
 
 def _count_below(o: Ops, x: Any, levels: Any, radius_bits: int) -> Any:
