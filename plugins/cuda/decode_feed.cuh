@@ -18,7 +18,10 @@ struct Stage {
   static constexpr int kValueToken = D / 4 * Value::kCodeBits / 8;
   static constexpr int kKeyTile = kDecodeTile * kKeyToken;
   static constexpr int kValueTile = kDecodeTile * kValueToken;
-  static constexpr int kScalesTile = 2 * kDecodeTile;
+  static_assert(Key::kGain == Value::kGain, "scales of both roles have the same width");
+  static constexpr int kScaleBytes = ScaleBits(Key::kGain) / 8;
+  static constexpr int kScalesTile = kScaleBytes * kDecodeTile;
+  static_assert(kScalesTile % 16 == 0, "what copies are multiples of");
   static constexpr int kValue = kTiles * kKeyTile;
   static constexpr int kKeyScales = kValue + kTiles * kValueTile;
   static constexpr int kValueScales = kKeyScales + kTiles * kScalesTile;
@@ -88,7 +91,7 @@ __device__ __forceinline__ void CopyByLanes(uint32_t to, const void* from, int b
 template <class S>
 struct NoPage {
   static __device__ __forceinline__ const void* Scales() {
-    constexpr uint32_t kNan = 0x7E007E00u;
+    constexpr uint32_t kNan = 0xFFFFFFFFu;  // as fp16 and as short scales
     alignas(16) static __device__ const uint32_t scales[kDecodeTile] = {
         kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan,
         kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan};

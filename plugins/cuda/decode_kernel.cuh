@@ -85,6 +85,12 @@ struct DecodeBlock {
   // records take the place of the codes, they do so after the tile.
   static constexpr bool kFillsWithin = Key::kCompact && !kOutliers;
 
+  // Bits of fp16 of the scale at that address.
+  static __device__ __forceinline__ uint32_t LoadScale(uint32_t at) {
+    if constexpr (S::kScaleBytes == 1) return ptx::LoadShared8(at) << 7;
+    return ptx::LoadShared16(at);
+  }
+
   // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`. fill: fills
   // this stage, if kFillsWithin.
   template <class Fill>
@@ -106,9 +112,9 @@ struct DecodeBlock {
       k[i] = Key::template Load<kKeyChunks>(key_at + i * 8 * S::kKeyToken, key_codes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t at = scales_at + 2 * (first_token + 8 * i);
-      scales[0][i] = ptx::LoadShared16(at);
-      scales[1][i] = ptx::LoadShared16(at + S::kValueScales - S::kKeyScales);
+      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
+      scales[0][i] = LoadScale(at);
+      scales[1][i] = LoadScale(at + S::kValueScales - S::kKeyScales);
     }
     // V's codes arrive while K's products are made, where registers allow.
     const auto load_values = [&](int half) {
