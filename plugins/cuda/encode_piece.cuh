@@ -12,7 +12,7 @@ namespace cuda {
 
 // Offsets into shared memory, in bytes.
 struct EncodeShared {
-  int filter, stage, middles, levels, mean, sums, rows, bytes;
+  int filter, stage, middles, mean, sums, rows, bytes;
 };
 
 // Rows of a page of which one group of lanes takes every one.
@@ -33,8 +33,7 @@ __host__ __device__ inline EncodeShared SharedOf(const RoleParams& role, int slo
   out.filter = padded * 16;
   out.stage = out.filter + (filtered ? padded * 64 : 0);
   out.middles = out.stage + (filtered ? kEncodeThreads * 16 : 0);
-  out.levels = out.middles + (4 << role.radius_bits);
-  out.mean = out.levels + (4 << role.radius_bits);
+  out.mean = out.middles + (8 << role.radius_bits);  // levels lie behind the middles
   out.mean = (out.mean + 15) / 16 * 16;
   const int groups = kEncodeThreads / (role.head_dim > 128 ? kWarp : role.head_dim / 4);
   out.sums = out.mean + (role.page_mean ? role.head_dim * 4 : 0);
@@ -81,8 +80,8 @@ struct PieceRows {
   using Shape = RowShape<D>;
   const RoleView& view;
   FilterTables tables;
-  const float *middles, *levels;
-  const float4* rows;  // [slots][threads], rotated
+  const float* middles;  // and levels
+  const float4* rows;    // [slots][threads], rotated
   float mean[Shape::kPer][4];
   int32_t* codes;    // of the page
   int32_t* scales;   // of the page
@@ -99,11 +98,10 @@ struct PieceRows {
     const RoleParams role = Shown::Role(view.role);
     const Layout layout = Shown::Codes(view.layout);
     const int lane = threadIdx.x % kWarp, chunk = threadIdx.x % Shape::kLanes;
-    // Of a row: its scale, with gain RMS the nearest short one, and what is stored.
-    float x[kSlots][4], norm2[kSlots], scale[kRows];
-    uint32_t nearest[kRows];
-    bool all_finite[kRows];
     const bool rms = role.gain == Gain::kRms;
+    float x[kSlots][4], norm2[kSlots];
+    uint32_t scale[kRows];  // fp16, or the nearest short one; of rows that are not finite 0
+    uint32_t not_finite = 0;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const float4 from = rows[(slot + i) * kEncodeThreads + threadIdx.x];
@@ -131,29 +129,27 @@ struct PieceRows {
         norm2[i * Shape::kPer + j] = own[j];
       }
       const uint16_t half = RowScale<D>(role, own);
-      nearest[i] = rms ? ShortScale(half) : half;
-      scale[i] = rms ? FloatOfShortScale(nearest[i]) : FloatFromHalf(half);
-      all_finite[i] = finite;
+      scale[i] = rms ? ShortScale(half) : half;
+      not_finite |= static_cast<uint32_t>(!finite) << i;
     }
     Best best[kSlots];
     if constexpr (kFilter) {
 #pragma unroll
       for (int i = 0; i < kSlots; ++i)
-        best[i] = SearchFiltered(x[i], scale[i / Shape::kPer] > 0.0f, tables, lane);
+        best[i] = SearchFiltered(x[i], scale[i / Shape::kPer] > 0, tables, lane);
     } else {
       SearchAll(x, tables.secondaries, tables.count, best);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = Row(slot / Shape::kPer + i);
-      uint32_t stored = nearest[i];
       int level[Shape::kPer];
       if (rms) {
         float projection[Shape::kPer];
 #pragma unroll
         for (int j = 0; j < Shape::kPer; ++j) projection[j] = best[i * Shape::kPer + j].score;
-        stored = ChooseShortScale(
-            role.radius_bits, nearest[i], projection, middles, levels,
+        scale[i] = ChooseShortScale(
+            role.radius_bits, scale[i], projection, middles, middles + (1 << role.radius_bits),
             [](const float (&error)[Shape::kPer]) { return RowSum<D>(error); }, level);
       }
 #pragma unroll
@@ -164,15 +160,16 @@ struct PieceRows {
             WordOf(x[k], q.x, q.y, q.z, q.w, static_cast<float>(best[k].which), best[k].score);
         uint32_t code;
         if (rms) {
-          code = stored ? MakeCode(layout, static_cast<uint32_t>(near.word), level[j],
-                                   near.negative > 0.0f)
-                        : 0;
+          code = scale[i] ? MakeCode(layout, static_cast<uint32_t>(near.word), level[j],
+                                     near.negative > 0.0f)
+                          : 0;
         } else {
-          code = static_cast<uint32_t>(CodeOf(role, layout, near, norm2[k], scale[i], middles));
+          const float step = FloatFromHalf(static_cast<uint16_t>(scale[i]));
+          code = static_cast<uint32_t>(CodeOf(role, layout, near, norm2[k], step, middles));
         }
         StoreCode<D>(layout.code_bits, chunk + j * kWarp, code, codes + row * view.layout.words);
       }
-      if (chunk == 0) StoreScale(role.gain, scales, row, stored, all_finite[i]);
+      if (chunk == 0) StoreScale(role.gain, scales, row, scale[i], !(not_finite >> i & 1));
     }
   }
 };
@@ -223,10 +220,11 @@ __device__ __forceinline__ bool FillTables(const RoleView& view, int h, const En
     const float values[4] = {q.x, q.y, q.z, q.w};
     usable = usable && SquaredNorm(values) <= kFilterNorm;
   }
-  for (int i = threadIdx.x; i < 1 << role.radius_bits; i += kEncodeThreads) {
-    reinterpret_cast<float*>(shared + at.levels)[i] = view.levels[i];
-    if (i + 1 < 1 << role.radius_bits)
-      reinterpret_cast<float*>(shared + at.middles)[i] = LevelMiddle(view.levels, i);
+  const int levels = 1 << role.radius_bits;
+  float* middles = reinterpret_cast<float*>(shared + at.middles);
+  for (int i = threadIdx.x; i < levels; i += kEncodeThreads) {
+    middles[levels + i] = view.levels[i];
+    if (i + 1 < levels) middles[i] = LevelMiddle(view.levels, i);
   }
   return usable;
 }
@@ -373,11 +371,8 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
     return;
   }
 
-  PieceRows<D, Shown> encoder = {view,
-                                 {},
-                                 reinterpret_cast<const float*>(shared + places.middles),
-                                 reinterpret_cast<const float*>(shared + places.levels),
-                                 rows};
+  PieceRows<D, Shown> encoder = {
+      view, {}, reinterpret_cast<const float*>(shared + places.middles), rows};
   encoder.tables = {reinterpret_cast<const float4*>(shared),
                     ptx::SharedAddress(shared + places.filter),
                     ptx::SharedAddress(shared + places.stage) + threadIdx.x / kWarp * 512,
