@@ -60,6 +60,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
             c_void_p,
         ],
     ),
+    "hqmq_cuda_batch_invariant": (None, [c_int32]),
     "hqmq_cuda_attention_workspace": (
         c_int,
         [POINTER(AttentionParams), POINTER(RoleParams), POINTER(RoleParams), POINTER(c_size_t)],
@@ -115,6 +116,15 @@ def _counters(device: torch.device) -> Tensor:
 def status(device: torch.device | str = "cuda") -> Status:
     """Counters of a device; waits for the GPU."""
     return Status(*_counters(_indexed(device)).tolist())
+
+
+def batch_invariant(on: bool) -> None:
+    """Whether the fused decode kernel gives a sequence the same bits whatever the number of sequences in the call.
+
+    At first it does not, unless the environment has HQMQ_BATCH_INVARIANT: the number then decides into how many parts
+    each sequence is cut, which makes batches faster. Of the whole process.
+    """
+    library().hqmq_cuda_batch_invariant(int(on))
 
 
 def clear_status(device: torch.device | str = "cuda") -> None:

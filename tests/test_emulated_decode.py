@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_paths import DECODE
+from hqmq_trt import cuda
 from tests.attention_cases import attention_of, bits, with_sinks
 from tests.emulated_cuda import EmulatedGpu, assert_right, attend
 
@@ -60,6 +61,28 @@ def test_no_order_and_no_gpu_changes_a_bit(emulated: EmulatedGpu, name: str, hea
     for seed, multiprocessors in enumerate((1, 5, 40)):
         emulated.use(seed, multiprocessors)
         assert torch.equal(bits(attend(case, inputs, (1, 1, 1), case.clone())), bits(y))
+
+
+@pytest.mark.parametrize("name", ["hq3", MED3])
+def test_problems_of_one_split(emulated: EmulatedGpu, name: str) -> None:
+    """As many as an H100 has multiprocessors: long ones (1,536 coded tokens and more) have a part of its own for the
+    exact tokens. In the batch-invariant mode a sequence has the bits that it has alone."""
+    case = attention_of(name)(name, 64, 44, 1, past=(1700, 200, 1600), capacity=1728, dtype=torch.float16)
+    emulated.use(0, multiprocessors=5)
+    y = assert_right(case, (1, 1, 1), DECODE, LIMIT)
+    inputs = case.inputs(1)
+    emulated.use(1, multiprocessors=40)
+    assert torch.equal(bits(attend(case, inputs, (1, 1, 1), case.clone())), bits(y))
+    cuda.batch_invariant(True)
+    try:
+        together = attend(case, inputs, (1, 1, 1), case.clone())
+        case.past, case.caches = case.past[:1], [[x[:1].contiguous() for x in role] for role in case.caches]
+        q, k, v = (x[:1].contiguous() for x in inputs)
+        alone = attend(case, (q, k, v), (1,), case.caches)
+    finally:
+        cuda.batch_invariant(False)
+    assert torch.equal(bits(alone), bits(together[:1]))
+    assert not torch.equal(bits(together), bits(y))  # as it is cut in another way
 
 
 @pytest.mark.parametrize("limit", [163, 99])

@@ -22,6 +22,7 @@ from hqmq_trt.eval.statistics import paired_mean, wilson
 from hqmq_trt.eval.store import FILE, Store
 from hqmq_trt.eval.subject import REFERENCE, Codec, TorchSubject, open_subjects
 from hqmq_trt.export import export_model, source
+from hqmq_trt.format import FORMAT_VERSION
 from tests.cache_cases import VOCAB, model_of, prompt
 
 
@@ -174,6 +175,19 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     for i in range(3):
         key = window_key(subject, windows, i)
         assert Store(tmp_path).get(key) == whole.get(key)
+
+
+def test_results_of_another_cache_format_are_measured_again(tmp_path: Path) -> None:
+    windows, subject, store = windows_of(2, 40), subject_of("hq4@p16"), Store(tmp_path)
+    measure(subject, windows, store, {})
+    key = window_key(subject, windows, 0)
+    store.add(key, {"nll": 99.0}, {"cache_format": FORMAT_VERSION - 1})
+    before = [record["value"] for record in Store(tmp_path).records(item=1)]
+    measure(subject, windows, Store(tmp_path), {})
+    value = Store(tmp_path).get(key)
+    assert value is not None and value["nll"] < 99.0
+    assert [record["value"] for record in Store(tmp_path).records(item=1)] == before
+    assert len((tmp_path / FILE).read_text().splitlines()) == 4  # two, the old one, and that again
 
 
 def test_reading_a_store_leaves_a_run_in_progress_alone(tmp_path: Path) -> None:

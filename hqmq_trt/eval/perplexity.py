@@ -107,13 +107,13 @@ def measure(
     """Measure the windows that the store does not have yet."""
     for number, row in zip(windows.numbers, windows.tokens, strict=True):
         key = window_key(subject, windows, number)
-        if store.get(key) is None:
+        if store.get(key, dict(subject.circumstances)) is None:
             start = time.perf_counter()
             nll = float(subject.score([row])[0].nll.mean())
             bits = subject.bits()
             seconds = round(time.perf_counter() - start, 3)
             value = {"nll": nll, "stored_bits": bits.stored, "paper_bits": bits.paper, "tail": bits.tail}
-            store.add(key, value, {**about, "seconds": seconds})
+            store.add(key, value, {**about, **subject.circumstances, "seconds": seconds})
         on_window()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.eval.subject import Bits, Codec, Scores, Subject, join_scores, score_rows
+from hqmq_trt.eval.subject import PACKED_CACHE, Bits, Codec, Scores, Subject, join_scores, score_rows
 from hqmq_trt.runtime import Request, TrtSession, generate, open_session
 from hqmq_trt.runtime.session import Session
 
@@ -35,7 +35,7 @@ class SessionSubject(Subject):
         manifest = self._session.manifest
         self._codec = Codec.of(self._session.scheme)
         self.model_name, self.model_sha256 = manifest.source, self._session.model_sha256()
-        self.codec = self._codec.name
+        self.codec, self.circumstances = self._codec.name, PACKED_CACHE
         self.mode, self.max_context = manifest.mode, self._session.max_context
         runtime = "tensorrt" if isinstance(self._session, TrtSession) else "onnxruntime"
         self.where = f"{runtime} {manifest.dtype}"

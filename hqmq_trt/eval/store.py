@@ -55,10 +55,13 @@ class Store:
             except (ValueError, KeyError, TypeError) as error:
                 raise HqmqError(f"{self.path}:{number}: not a result ({error}); give another --output") from error
 
-    def get(self, key: Record) -> Record | None:
-        """The values measured under `key`, or None."""
+    def get(self, key: Record, circumstances: Record | None = None) -> Record | None:
+        """The values measured under `key`, or None; also None if they were measured under other `circumstances`."""
         record = self._records.get(_name(key))
-        return None if record is None else record["value"]
+        if record is None or not (circumstances or {}).items() <= record.get("about", {}).items():
+            return None
+        value: Record = record["value"]
+        return value
 
     def add(self, key: Record, value: Record, about: Record | None = None) -> None:
         """Keep a measurement; it is on disk when this returns. `about`: circumstances (card, version, seconds)."""

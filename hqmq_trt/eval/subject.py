@@ -9,10 +9,11 @@ K balanced from the weights (hqmq_trt.balance), as the exporter does it; everyth
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.eval.baseline_cache import BaselineCache
 from hqmq_trt.eval.baselines import Baseline, parse_baseline
 from hqmq_trt.eval.baselines import names as baseline_names
-from hqmq_trt.format import paper_bits, stored_bits
+from hqmq_trt.format import FORMAT_VERSION, paper_bits, stored_bits
 from hqmq_trt.scheme import DEFAULT_PAGE_SIZE, Scheme
 
 REFERENCE = "reference"
@@ -35,6 +36,10 @@ MODES = ("fused", "qdq")
 """``fused``: page-causal attention, as decoding token by token does. ``qdq``: every full page is read decoded."""
 _ROWS = 256
 """Rows of logits turned into probabilities at a time."""
+
+
+PACKED_CACHE: Mapping[str, Any] = MappingProxyType({"cache_format": FORMAT_VERSION})
+"""Circumstances of codecs that run through the packed cache."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Subject(ABC):
         where: runtime and device, for instance ``torch cpu float32``.
         max_context: tokens a sequence may have, or 0 if unknown.
         tokenizer: of transformers.
+        circumstances: what a result depends on beside all this and may change with the program, kept with it: the
+            cache format, for packed caches. Results of other ones are measured again.
     """
 
     model_name: str
@@ -85,6 +92,7 @@ class Subject(ABC):
     where: str
     max_context: int
     tokenizer: Any
+    circumstances: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def score(self, sequences: Sequence[Sequence[int]]) -> list[Scores]:
@@ -195,6 +203,7 @@ class TorchSubject(Subject):
         self._measured: float | None = None
         self._outliers = (0.0, 0.0)
         if codec.scheme is not None:
+            self.circumstances = PACKED_CACHE
             codec.scheme.check_head_dim(model_head_dim(model.config))
 
     def _cache(self) -> Any:

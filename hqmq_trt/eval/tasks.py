@@ -217,14 +217,15 @@ def measure(
         raise HqmqError(f"--batch {batch} runs nothing; use 1 or more")
     if subject.mode == "qdq":
         batch = 1  # A padded batch would count padding into pages in this mode.
-    waiting = [p for p in task.problems if store.get(problem_key(subject, task, p)) is None]
+    circumstances = dict(subject.circumstances)
+    waiting = [p for p in task.problems if store.get(problem_key(subject, task, p), circumstances) is None]
     on_items(len(task.problems) - len(waiting))
     for group in _groups(waiting, batch):
         start = time.perf_counter()
         values = _measure_group(subject, group, batch)
         seconds = round((time.perf_counter() - start) / len(group), 3)
         for problem, value in zip(group, values, strict=True):
-            store.add(problem_key(subject, task, problem), value, {**about, "seconds": seconds})
+            store.add(problem_key(subject, task, problem), value, {**about, **circumstances, "seconds": seconds})
         on_items(len(group))
 
 

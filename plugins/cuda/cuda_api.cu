@@ -38,10 +38,10 @@ struct AttentionPlan {
   }
 };
 
-void PlanDecode(const AttentionJob& job, AttentionPlan* plan) {
+void PlanDecode(const AttentionJob& job, AttentionPlan* plan, bool most = false) {
   if (!DecodeTakesScheme(job, nullptr)) return;
   plan->counters = std::max(plan->counters, AlignedBytes(DecodeCounterBytes(job)));
-  plan->parts = std::max(plan->parts, AlignedBytes(DecodePartBytes(job)));
+  plan->parts = std::max(plan->parts, AlignedBytes(DecodePartBytes(job, most)));
 }
 
 Status MakePlan(const hqmq_attention_params& params, const hqmq_role_params& key,
@@ -279,7 +279,7 @@ int hqmq_cuda_attention_workspace_limit(const hqmq_attention_params* params,
     for (int tokens = 1; plan.block_rows && tokens <= params->tokens; ++tokens) {
       if (tokens > kMostDecodeTokens) break;
       job.call.tokens = tokens;
-      PlanDecode(job, &plan);
+      PlanDecode(job, &plan, true);
     }
     *bytes = plan.bytes();
     return {};
@@ -325,6 +325,8 @@ int hqmq_cuda_decode_plan(const hqmq_attention_params* params, const hqmq_role_p
 }
 
 void hqmq_cuda_limit_shared_memory(int32_t bytes) { LimitDecodeMemory(bytes); }
+
+void hqmq_cuda_batch_invariant(int32_t on) { MakeBatchInvariant(on != 0); }
 
 void hqmq_cuda_use_plain_attention(int32_t on) { plain_only = on == 1, AllowSm90Prefill(on != 2); }
 

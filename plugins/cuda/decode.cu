@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 
 #include "arguments.h"
 #include "decode_cosets.cuh"
@@ -161,17 +162,35 @@ struct Cut {
   int64_t problems;
 };
 
-// Of the call's shape, but for the batch and the capacity.
-Cut CutOf(const AttentionJob& job) {
+// Splits of each of so many problems: enough for all blocks, but as few as that takes, as every one
+// costs as long as a twentieth of a problem of usual length (its warps' states and parts are
+// joined).
+int SplitsFor(int64_t problems) {
+  int best = 1;
+  double least = 0.0;
+  for (int splits = 1; splits <= kMostSplits; ++splits) {
+    const int64_t of_block = (problems * splits + kDecodeBlocks - 1) / kDecodeBlocks;
+    const double time = static_cast<double>(of_block) * (20.0 / splits + 1.0);
+    if (splits == 1 || time < least) least = time, best = splits;
+  }
+  return best;
+}
+
+// Of the call's shape, but for the capacity. invariant: but for the number of sequences, too; that
+// is also the most parts that a call of so many sequences or fewer can have.
+Cut CutOf(const AttentionJob& job, bool invariant) {
   const int rows = job.group * job.call.tokens;
   Cut cut;
   cut.row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
   const int64_t blocks = static_cast<int64_t>(job.call.heads) * cut.row_blocks;
-  cut.splits = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(kMostSplits, kDecodeBlocks / blocks)));
   cut.problems = blocks * job.call.batch;
+  cut.splits = SplitsFor(invariant ? blocks : cut.problems);
   return cut;
 }
+
+std::atomic<bool> batch_invariant{std::getenv("HQMQ_BATCH_INVARIANT") != nullptr};
+
+Cut CutOf(const AttentionJob& job) { return CutOf(job, batch_invariant); }
 
 bool Refuse(std::string* why, const char* text) {
   if (why) *why = text;
@@ -261,6 +280,8 @@ bool PlanDecodeMemory(const AttentionJob& job, int shared_limit, hqmq_cuda_decod
 
 void LimitDecodeMemory(int bytes) { memory_limit = bytes; }
 
+void MakeBatchInvariant(bool on) { batch_invariant = on; }
+
 int DecodeCounters(const AttentionJob& job) { return CutOf(job).row_blocks; }
 
 size_t DecodeCounterBytes(const AttentionJob& job) {
@@ -270,7 +291,7 @@ size_t DecodeCounterBytes(const AttentionJob& job) {
 namespace {
 
 size_t PartBytes(const AttentionJob& job, const Cut& cut) {
-  return sizeof(float) * cut.problems * (cut.splits + 1) *
+  return sizeof(float) * cut.problems * PartsOf(cut.splits) *
          PartFloats(DecodeColumns(job.group * job.call.tokens), job.key.role.head_dim);
 }
 
@@ -280,8 +301,8 @@ int64_t MostBlocks(const Cut& cut) {
 
 }  // namespace
 
-size_t DecodePartBytes(const AttentionJob& job) {
-  const Cut cut = CutOf(job);
+size_t DecodePartBytes(const AttentionJob& job, bool most) {
+  const Cut cut = most ? CutOf(job, true) : CutOf(job);
   const Instance& instance = FindPair(job)->large;
   // Before the GPU is known: for either instance, if there may be two.
   const size_t states =

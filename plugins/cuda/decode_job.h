@@ -2,9 +2,10 @@
 //
 // A *problem* is one sequence, one KV head and a block of up to 8 query rows (positions x heads of
 // the group). Its coded keys are cut into at most `splits` runs of tiles of 16 tokens, by a rule
-// that knows the sequence's own length only, so that neither the batch nor the capacity nor the GPU
-// changes a bit of y. One thread block takes one split (an *item*) at a time and writes its part;
-// the block that finishes last joins the parts in order.
+// that knows the sequence's own length and the number of sequences only, so that neither its place
+// among them nor the others' lengths nor the capacity nor the GPU changes a bit of y. One thread
+// block takes one split (an *item*) at a time and writes its part; the block that finishes last
+// joins the parts in order.
 #pragma once
 
 #include <string>
@@ -23,10 +24,10 @@ constexpr int kDecodeRows = 8;        // query rows of a problem: the columns of
 static_assert(kMaxSinkTokens <= kDecodeTile, "one tile hides them");
 // Warps of the last split of a problem that take the tokens held exactly instead of coded tiles.
 constexpr int kOwnWarps = 4;
-// Blocks that one sequence is cut into over all its heads: the multiprocessors of an H100. A
-// constant, as the order of sums depends on it.
+// Blocks that a call is cut for: the multiprocessors of an H100. A constant, as the order of sums
+// depends on it.
 constexpr int kDecodeBlocks = 132;
-constexpr int kMostSplits = 64;
+constexpr int kMostSplits = 63;
 constexpr int kMostStages = 4;
 // Blocks of a launch at most.
 constexpr int kMostDecodeBlocks = 256;
@@ -64,7 +65,7 @@ struct DecodeJob {
   Divider by_splits, by_batch, by_row_blocks, by_group;
   Divider by_shares;   // 4 * splits - 1: quarters of a split
   float cap, per_cap;  // of scores in base 2: softcap * log2 e, 2 / softcap; 0: none
-  float* parts;        // [problems, splits + 1, PartFloats]: the last one of the exact tokens
+  float* parts;        // [problems, PartsOf(splits), PartFloats]
   float* states;       // [blocks, StateFloats], null: in shared memory
   uint32_t* counters;  // [problems], 0 when the kernel starts
   // Last, so that GPUs with memory for the usual tables read the others where they were.
@@ -87,6 +88,12 @@ __host__ __device__ constexpr int PartFloats(int columns, int head_dim) {
   return columns * head_dim + 2 * kDecodeRows;
 }
 
+// Parts of a problem: of each split; one more, whose outputs are empty, if the exact tokens do not
+// go with the last split; and that of the exact tokens.
+__host__ __device__ constexpr int PartsOf(int splits) { return splits + 2; }
+__host__ __device__ constexpr int OwnPart(int splits) { return splits + 1; }
+constexpr int kMostParts = PartsOf(kMostSplits);
+
 // What the warps of a block hold of one item: outputs.
 __host__ __device__ constexpr int StateFloats(int columns, int head_dim) {
   return kDecodeWarps * columns * head_dim;
@@ -102,11 +109,14 @@ bool PlanDecodeMemory(const AttentionJob& job, int shared_limit, hqmq_cuda_decod
                       std::string* why);
 // Blocks take at most so many bytes from now on, 0: what the GPU gives.
 void LimitDecodeMemory(int bytes);
+// Whether y has the same bits whatever the number of sequences.
+void MakeBatchInvariant(bool on);
 
 // Workspace: counters (of each sequence and head, and the bytes of all) and parts.
 int DecodeCounters(const AttentionJob& job);
 size_t DecodeCounterBytes(const AttentionJob& job);
-size_t DecodePartBytes(const AttentionJob& job);
+// most: enough for calls of fewer sequences, too, and for all that MakeBatchInvariant may say.
+size_t DecodePartBytes(const AttentionJob& job, bool most);
 
 // Enqueues the kernel, which may start while the kernel before it still runs and waits for it where
 // it must; that one has set the counters to 0.

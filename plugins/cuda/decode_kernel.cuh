@@ -91,6 +91,13 @@ struct DecodeBlock {
     return ptx::LoadShared16(at);
   }
 
+  // Before a stage is filled anew. Loads of V's codes may be issued just before the bulk copies,
+  // which write without asking whether they have read: only a fence keeps them apart.
+  static __device__ __forceinline__ void ReadsAreDone() {
+    ptx::ProxyFence();
+    __syncwarp();
+  }
+
   // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`. fill: fills
   // this stage, if kFillsWithin.
   template <class Fill>
@@ -149,7 +156,7 @@ struct DecodeBlock {
     }
     // Not before K's products, whose codes would lie in registers meanwhile.
     if constexpr (kFillsWithin && D <= 128) {
-      __syncwarp();
+      ReadsAreDone();
       fill();
     }
     float score[4], scale[4];
@@ -205,7 +212,7 @@ struct DecodeBlock {
       if (D > 128) load_values(half);
       if constexpr (kFillsWithin && D > 128) {
         if (half == 1) {
-          __syncwarp();
+          ReadsAreDone();
           fill();
         }
       }
@@ -306,7 +313,9 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
     self.LoadProblem(job, p, shared, arena.QueryChunks(), warp, lane);
     const int splits = min(end_split, p.splits) - first_split;
     if (splits <= 0) continue;
-    for (int i = 0;; ++i) {  // once more than there are splits, to join the last one
+    // The exact tokens may be a part of their own, which goes with the last split.
+    const int parts = splits + (first_split + splits == p.splits ? p.own - (p.splits - 1) : 0);
+    for (int i = 0;; ++i) {  // once more than there are parts, to join the last one
       const int split = first_split + i;
       LaneRows<D, kColumns> rows;
       rows.Clear();
@@ -359,10 +368,10 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
         }
       }
       const int own_warp = warp - (kDecodeWarps - kOwnWarps);
-      if (i < splits && split == p.splits - 1 && own_warp >= 0)
+      if (i < parts && split == p.own && own_warp >= 0)
         AttendOwn<D, kColumns>(job, p, shared, own_warp, lane, &rows);
       if (i > 0) WaitJoined<D>(&pending, shared);
-      if (i == splits) break;
+      if (i == parts) break;
       StoreState<D, kColumns>(&rows, states, shared, warp, lane);
       pending.split = split;
     }

@@ -56,12 +56,13 @@ __device__ __forceinline__ void JoinStates(const DecodeJob& job, const Problem& 
   static_assert(kDecodeWarps == 16 && kOwnWarps == 4, "four warps for each q");
   constexpr int kTiles = LaneRows<D, kColumns>::kTiles;
   constexpr int kShare = kTiles * kWarp / kDecodeWarps;  // float4 of a warp
-  const bool last = pending->split == p.splits - 1;
+  const bool last = pending->split == p.own;
   const int q = lane >> 3, x = lane & 7;
   const bool own = last && q == 3;
   float* const parts =
-      job.parts + static_cast<int64_t>(problem) * (job.splits + 1) * PartFloats(kColumns, D);
-  float* const part = parts + (own ? job.splits : pending->split) * PartFloats(kColumns, D);
+      job.parts + static_cast<int64_t>(problem) * PartsOf(job.splits) * PartFloats(kColumns, D);
+  float* const part =
+      parts + (own ? OwnPart(job.splits) : pending->split) * PartFloats(kColumns, D);
   ptx::BarrierWait(ptx::SharedAddress(&shared->stored), pending->parity);
 
   const auto maximum_of = [&](float of) {
@@ -214,27 +215,29 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
   constexpr int kFloats = PartFloats(kColumns, D);
   constexpr int kChunks = (D / 4 + kWarp - 1) / kWarp;  // of a lane
   constexpr int kBatch = 16 / kChunks;                  // parts whose loads are under way at once
-  const float* const parts = job.parts + static_cast<int64_t>(problem) * (job.splits + 1) * kFloats;
-  const int count = p.splits + 1;  // the last one lies at job.splits
+  const int own_part = OwnPart(job.splits);
+  const float* const parts =
+      job.parts + static_cast<int64_t>(problem) * PartsOf(job.splits) * kFloats;
+  const int coded = p.own + 1, count = coded + 1;  // the last one lies at own_part
   const int row = p.row + warp, token = job.by_group(row);
   const int head = p.h * a.group + row - token * a.group;
   const bool active = D >= 4 * kWarp || 4 * lane < D;
   const float* const from = parts + warp * D + (active ? 4 * lane : 0);
   // All loads first.
-  constexpr int kOfLane = (kMostSplits + 1 + kWarp - 1) / kWarp;
+  constexpr int kOfLane = (kMostParts + kWarp - 1) / kWarp;
   float maximum = kNoScore, sum = 0.0f, of[kOfLane], sums[kOfLane];
 #pragma unroll
   for (int i = 0; i < kOfLane; ++i) {
     const int n = lane + i * kWarp;
     const float* state =
-        parts + static_cast<int64_t>(n < p.splits ? n : job.splits) * kFloats + kColumns * D + warp;
+        parts + static_cast<int64_t>(n < coded ? n : own_part) * kFloats + kColumns * D + warp;
     of[i] = n < count ? ptx::LoadGlobal32(state) : kNoScore;
     sums[i] = n < count ? ptx::LoadGlobal32(state + kDecodeRows) : 0.0f;
   }
   float4 batch[kBatch][kChunks], own[kChunks], x[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    own[c] = ptx::LoadGlobal128(from + static_cast<int64_t>(job.splits) * kFloats + c * 4 * kWarp);
+    own[c] = ptx::LoadGlobal128(from + static_cast<int64_t>(own_part) * kFloats + c * 4 * kWarp);
     x[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 #pragma unroll
@@ -242,7 +245,7 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       // Beyond the last part, it again, with a weight of 0: loads without branches.
-      batch[n][c] = ptx::LoadGlobal128(from + min(n, p.splits - 1) * kFloats + c * 4 * kWarp);
+      batch[n][c] = ptx::LoadGlobal128(from + min(n, coded - 1) * kFloats + c * 4 * kWarp);
     }
   }
   // Weights carry 2^kWeightShift; so does the sink's.
@@ -254,7 +257,7 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
   for (int i = 0; i < kOfLane; ++i) {
     const int n = lane + i * kWarp;
     const float weight = ptx::Exp2(of[i] - maximum);
-    if (n <= kMostSplits) shared->weight[warp][n] = n < count ? weight : 0.0f;
+    if (n < kMostParts) shared->weight[warp][n] = n < count ? weight : 0.0f;
     sum += sums[i] * weight;
   }
   sum = WarpSum(sum);
@@ -262,12 +265,12 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < kBatch; ++n) {
-    const float weight = n < p.splits ? shared->weight[warp][n] : 0.0f;
+    const float weight = n < coded ? shared->weight[warp][n] : 0.0f;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) AddTimes(&x[c], batch[n][c], weight);
   }
 #pragma unroll 4
-  for (int n = kBatch; n < p.splits; ++n) {
+  for (int n = kBatch; n < coded; ++n) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       AddTimes(&x[c], ptx::LoadGlobal128(from + static_cast<int64_t>(n) * kFloats + c * 4 * kWarp),
@@ -277,7 +280,7 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) x[c] = TurnedOutput(*shared, x[c]);
   if (a.value.role.hadamard) HadamardByChunks<D>(x, a.value.hadamard_scale, lane);
-  const float weight = shared->weight[warp][p.splits], per_sum = 1.0f / sum;
+  const float weight = shared->weight[warp][coded], per_sum = 1.0f / sum;
   if (!active) return;
   const int64_t to = RowStart(a.y, p.b, head, token) + 4 * lane;
 #pragma unroll

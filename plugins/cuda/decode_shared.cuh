@@ -19,7 +19,7 @@ struct DecodeShared {
   uint16_t fresh[2][kMostDecodeTokens][D];   // new tokens of K, V
   float factor[2][kDecodeRows];              // what query was divided by, powers of two
   float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];  // of StoreState
-  float weight[kDecodeRows][kMostSplits + 1];
+  float weight[kDecodeRows][kMostParts];
   Problem problem;
   uint64_t stored, joined;  // barriers of StoreState and JoinStates
   float4 turn;              // of V's words from K's, if `turned`

@@ -13,8 +13,9 @@ struct Problem {
   Span span;
   int first_time, last_time;  // positions of the first and last of these rows
   int tile, tiles;            // coded tiles that some row sees
-  int per_split;              // tiles of a split; the last one takes 3/4 as many
+  int per_split;              // tiles of a split; one with the exact tokens takes 3/4 as many
   int splits;                 // that have something to do
+  int own;  // number of the part with the exact tokens: the last split's or one more
 };
 
 // Position of row `row` of the call (rows are ordered by token, then head).
@@ -52,10 +53,17 @@ __device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index) {
   const int begin = OldestKey(p.first_time, a.window) / kDecodeTile;
   p.tile = begin < end ? begin : end;
   p.tiles = p.rows > 0 ? end - p.tile : 0;
-  const int shares = 4 * job.splits - 1;  // quarters of a split
-  const int least = kDecodeWarps, share = job.by_shares(4 * p.tiles + shares - 1);
-  p.per_split = share > least ? share : least;
-  p.splits = p.rows > 0 ? FewOf(4 * p.tiles + p.per_split, 4 * p.per_split) : 0;
+  // The exact tokens take a quarter of the last split's warps, or, where all of its warps have
+  // enough to do without them, a part of their own: to join one takes as long as 100 tiles.
+  const bool apart = p.tiles > 96 * job.splits * job.splits;
+  const int quarters = 4 * p.tiles, shares = 4 * job.splits - (apart ? 0 : 1);
+  const int share =
+      apart ? job.by_splits(p.tiles + job.splits - 1) : job.by_shares(quarters + shares - 1);
+  // As many for each warp: a single one more takes them all as long.
+  p.per_split = max((share + kDecodeWarps - 1) & -kDecodeWarps, kDecodeWarps);
+  p.splits = 0;
+  if (p.rows > 0) p.splits = FewOf(quarters + (apart ? 0 : p.per_split), 4 * p.per_split);
+  p.own = p.splits - !apart;
   return p;
 }
 
@@ -78,14 +86,15 @@ struct Tiles {
   int begin, end;
 };
 
-// Coded tiles of one warp of a split; kRings: warps that take such tiles.
+// Coded tiles of one warp of a split; kRings: warps that take such tiles. None in a part beyond the
+// splits.
 template <int kRings>
 __device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) {
   const int offset = split * p.per_split, rest = p.tiles - offset;
   const int count = rest < 0 ? 0 : rest < p.per_split ? rest : p.per_split;
   constexpr int kOthers = kDecodeWarps - kOwnWarps,
                 kLastRings = kRings < kOthers ? kRings : kOthers;
-  const bool last = split == p.splits - 1;
+  const bool last = split == p.own;
   const int begin = p.tile + offset;
   if (split >= p.splits || warp >= (last ? kLastRings : kRings)) return {begin, begin};
   if (last) return {begin + warp * count / kLastRings, begin + (warp + 1) * count / kLastRings};

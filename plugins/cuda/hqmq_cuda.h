@@ -144,6 +144,13 @@ HQMQ_API int hqmq_cuda_decode_plan(const hqmq_attention_params* params, const hq
  * block, as on a GPU with so much; 0: as much as there is. y has the same bits. */
 HQMQ_API void hqmq_cuda_limit_shared_memory(int32_t bytes);
 
+/* 1: the fused decode kernel of this process gives a sequence the same bits of y whatever the
+ * number of sequences in the call, which takes up to half as long again in batches. 0: the number
+ * decides into how many parts they are cut, but nothing else of the others does. At first 0, and 1
+ * where the environment has HQMQ_BATCH_INVARIANT. Workspaces of hqmq_cuda_attention_workspace are
+ * those of the setting, the limits serve both. */
+HQMQ_API void hqmq_cuda_batch_invariant(int32_t on);
+
 /* HqmqAttention in place (hqmq_attention). sinks: float [H*group] or null; status may be null. */
 HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,
                                  const hqmq_attention_role* key, const hqmq_attention_role* value,

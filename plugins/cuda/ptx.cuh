@@ -252,7 +252,8 @@ __device__ __forceinline__ void BulkCopy(uint32_t to, const void* from, uint32_t
 #endif
 }
 
-// Lets bulk copies overwrite shared memory that this thread has written; before the warp meets.
+// Lets bulk copies overwrite shared memory that this thread has written or read; before the warp
+// meets.
 __device__ __forceinline__ void ProxyFence() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

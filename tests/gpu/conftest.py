@@ -34,3 +34,11 @@ def clean_status() -> Iterator[None]:
     cuda.clear_status(device)
     yield
     assert cuda.status(device)[:2] == (0, 0)
+
+
+@pytest.fixture
+def batch_invariant() -> Iterator[None]:
+    """In a test, the number of sequences changes no bit of theirs."""
+    cuda.batch_invariant(True)
+    yield
+    cuda.batch_invariant(False)

@@ -128,7 +128,9 @@ def sequence(case: Layer, b: int, capacity: int) -> list[list[Tensor]]:
         *[(MED3, d) for d in (64, 128, 256)],
     ],
 )
-def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, head_dim: int) -> None:
+def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(
+    name: str, head_dim: int, batch_invariant: None
+) -> None:
     case = layer(name, head_dim)
     for tokens, group, dtype in ((1, 4, torch.float16), (5, 7, torch.float16), (8, 16, torch.bfloat16)):
         past, new = held(tokens)
@@ -144,6 +146,24 @@ def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(name: str, 
                 rows = tuple(x[one].contiguous() for x in (q, k, v))
                 alone = case.attend((rows[0], rows[1], rows[2]), past[one], new[one], sequence(case, b, capacity))
                 assert torch.equal(bits(alone), bits(y[one])), f"length {length}, capacity {capacity}"
+
+
+@pytest.mark.parametrize("name", ["hq3", "hq4", MED3])
+def test_of_other_sequences_only_their_number_counts(name: str) -> None:
+    """Among as many, a sequence has the same bits in any place and whatever the others hold."""
+    case = layer(name, 128)
+    past, new = held(1)
+    q, k, v = case.inputs(1, torch.float16)
+    q = case.of_group(q, 4)
+    y = case.attend((q, k, v), past, new, case.clone())
+    order = torch.arange(len(LENGTHS)).roll(4)
+    caches = [[tensor[order].contiguous() for tensor in role] for role in case.clone()]
+    moved = case.attend((q[order], k[order], v[order]), past[order], new[order], caches)
+    assert torch.equal(bits(moved), bits(y[order]))
+    fewer = past.clone()
+    fewer[::2] = 0
+    changed = case.attend((q, k, v), fewer, new, case.clone())
+    assert torch.equal(bits(changed[1::2]), bits(y[1::2]))
 
 
 @pytest.mark.parametrize("name", [*PRESETS, MED3])
@@ -194,10 +214,12 @@ def test_a_captured_graph_serves_all_lengths(name: str, tokens: int, around: boo
         assert torch.equal(bits(y), bits(expected))
 
 
+@pytest.mark.parametrize(("batch", "capacity"), [(48, 1024), (16, 4096)])
 @pytest.mark.parametrize("name", [*PRESETS, MED3])
-def test_many_sequences_and_heads(name: str) -> None:
-    """More problems than multiprocessors, of random lengths."""
-    heads, group, batch, capacity = 8, 4, 48, 1024
+def test_many_sequences_and_heads(name: str, batch: int, capacity: int) -> None:
+    """More problems than multiprocessors, of random lengths; and problems of one split, long ones of which (1,536
+    coded tokens and more) have a part of its own for the exact tokens."""
+    heads, group = 8, 4
     scheme = Scheme.parse(name)
     g = torch.Generator().manual_seed(3)
     past = tuple(torch.randint(0, capacity - 1, (batch,), generator=g).tolist())

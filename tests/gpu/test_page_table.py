@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hqmq_trt.torch_ops  # noqa: F401  (registers torch.ops.hqmq)
 from benchmarks.gpu_paths import DECODE, PREFILL, attention_path, use_kernels
 from hqmq_trt import cuda
 from hqmq_trt.errors import HqmqError

@@ -13,6 +13,7 @@ from benchmarks.gpu_paths import attention_path
 from hqmq_trt import cuda, native_attention
 from tests.attention_cases import Attention, assert_same_caches, bits, relative_error
 from tests.codec_cases import lengths
+from tests.gpu.graphs import captured
 from tests.gpu.requirements import KERNEL_TESTS
 
 pytestmark = KERNEL_TESTS
@@ -77,12 +78,7 @@ def test_a_graph_of_a_small_call_serves_other_lengths() -> None:
     def attend(held: Tensor, tensors: list[list[Tensor]]) -> Tensor:
         return cuda.attend(q, k, v, held, new, None, case.scheme, books, tensors, 128**-0.5)
 
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        attend(past, caches)
-    stream.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        y = attend(past, caches)
+    graph, y = captured(lambda: attend(past, caches))
     other = lengths(*(length // 2 for length in PAST))
     expected = attend(other.cuda(), [_gpu(role) for role in case.clone()]).cpu()
     for role, source in zip(caches, case.clone(), strict=True):
