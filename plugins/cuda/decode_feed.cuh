@@ -31,6 +31,12 @@ struct Stage {
   static constexpr int kBarrier = kMean + (kMeans ? 2 * D : 0);
   static constexpr int kBytes = kBarrier + 16;
 
+  // Bits of fp16 of the scale at that address.
+  static __device__ __forceinline__ uint32_t LoadScale(uint32_t at) {
+    if constexpr (kScaleBytes == 1) return ptx::LoadShared8(at) << 7;
+    return ptx::LoadShared16(at);
+  }
+
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
   static __device__ __forceinline__ int Count(const DecodeJob& job, int tile, int end) {
     if constexpr (kTiles == 1) return 1;

@@ -85,12 +85,6 @@ struct DecodeBlock {
   // records take the place of the codes, they do so after the tile.
   static constexpr bool kFillsWithin = Key::kCompact && !kOutliers;
 
-  // Bits of fp16 of the scale at that address.
-  static __device__ __forceinline__ uint32_t LoadScale(uint32_t at) {
-    if constexpr (S::kScaleBytes == 1) return ptx::LoadShared8(at) << 7;
-    return ptx::LoadShared16(at);
-  }
-
   // Before a stage is filled anew. Loads of V's codes may be issued just before the bulk copies,
   // which write without asking whether they have read: only a fence keeps them apart.
   static __device__ __forceinline__ void ReadsAreDone() {
@@ -120,8 +114,8 @@ struct DecodeBlock {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
-      scales[0][i] = LoadScale(at);
-      scales[1][i] = LoadScale(at + S::kValueScales - S::kKeyScales);
+      scales[0][i] = S::LoadScale(at);
+      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
     }
     // V's codes arrive while K's products are made, where registers allow.
     const auto load_values = [&](int half) {

@@ -185,7 +185,7 @@ __device__ uint32_t WarpTokenCodes(const RoleView& view, uint32_t nearest, const
     counted[i] = c < chunks && norm2[c] >= 0.0f;
     projection[i] = counted[i] ? near[4 * c] : 0.0f;
   }
-  const uint32_t scale = ChooseShortScale(
+  const uint32_t scale = ChooseByLanes(
       view.role.radius_bits, nearest, projection, middles, view.levels,
       [&](const float (&error)[kLaneChunks]) {
         // Padding with zeros to 64 leaves a tree sum as it is.
@@ -328,7 +328,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           ShortScale(HalfFromFloat(WarpTokenScale(role, own, chunks, warp_lane)));
       const uint32_t scale =
           WarpTokenCodes(view, nearest, x + t * d, scratch->middles, own, warp_lane);
-      if (warp_lane == 0) StoreScale(role.gain, stored, t, scale, finite[t]);
+      const uint16_t half = finite[t] ? static_cast<uint16_t>(scale << 7) : kHalfNan;
+      if (warp_lane == 0) WriteScale(role.gain, half, t, stored);
     }
   } else {
     for (int t = warp; t < p; t += kWarps) {
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           HalfFromFloat(WarpTokenScale(role, norm2 + t * chunks, chunks, warp_lane));
       if (warp_lane == 0) {
         scales[t] = FloatFromHalf(scale);
-        StoreScale(role.gain, stored, t, scale, finite[t]);
+        WriteScale(role.gain, finite[t] ? scale : kHalfNan, t, stored);
       }
     }
     __syncthreads();

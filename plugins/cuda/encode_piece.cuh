@@ -148,7 +148,7 @@ struct PieceRows {
         float projection[Shape::kPer];
 #pragma unroll
         for (int j = 0; j < Shape::kPer; ++j) projection[j] = best[i * Shape::kPer + j].score;
-        scale[i] = ChooseShortScale(
+        scale[i] = ChooseByLanes(
             role.radius_bits, scale[i], projection, middles, middles + (1 << role.radius_bits),
             [](const float (&error)[Shape::kPer]) { return RowSum<D>(error); }, level);
       }
@@ -169,7 +169,11 @@ struct PieceRows {
         }
         StoreCode<D>(layout.code_bits, chunk + j * kWarp, code, codes + row * view.layout.words);
       }
-      if (chunk == 0) StoreScale(role.gain, scales, row, scale[i], !(not_finite >> i & 1));
+      if (chunk == 0) {
+        const uint32_t half = rms ? scale[i] << 7 : scale[i];
+        WriteScale(role.gain, not_finite >> i & 1 ? kHalfNan : static_cast<uint16_t>(half), row,
+                   scales);
+      }
     }
   }
 };
