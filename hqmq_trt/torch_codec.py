@@ -18,12 +18,13 @@ from hqmq_trt.format import planes, words_per_token
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
+_LARGEST_SHORT_SCALE, _SHORT_NAN = 247, 255
 _SEARCH_FLOATS = 1 << 22
 """Floats of one temporary of the codeword search."""
 
 
 class Pages(NamedTuple):
-    """Coded pages [H, N] of one role, by cache tensor; None where the scheme has none."""
+    """Coded pages [H, N] of one role, by cache tensor; None where the scheme has none. `codes` [H, N, P, W]."""
 
     codes: Tensor
     scales: Tensor | None
@@ -146,6 +147,42 @@ def unpack(words: Tensor, role: RoleScheme, head_dim: int) -> Tensor:
     return codes
 
 
+def pack_scales(scales: Tensor, role: RoleScheme) -> Tensor:
+    """fp16 scales [..., P] to int32 words [..., Z]."""
+    bits = scales.view(torch.int16).long() & 0xFFFF
+    if role.scale_bits == 8:
+        bits = torch.where(scales.isnan(), _SHORT_NAN, bits >> 7)
+    fields = bits.unflatten(-1, (-1, 32 // role.scale_bits))
+    return _wrap((fields << torch.arange(0, 32, role.scale_bits, device=scales.device)).sum(-1))
+
+
+def unpack_scales(words: Tensor, role: RoleScheme) -> Tensor:
+    """Words int32 [..., Z] to fp16 scales [..., P]."""
+    bits = words.long()[..., None] >> torch.arange(0, 32, role.scale_bits, device=words.device)
+    bits = (bits & ((1 << role.scale_bits) - 1)).flatten(-2)
+    return (bits << 7 if role.scale_bits == 8 else bits).to(torch.int16).view(torch.float16)
+
+
+def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the short scale nearest to fp16 `scales` [..., 1] and the two beside it the one that leaves the least error,
+    and the levels [..., C] that go with it (docs/format.md, arithmetic, step 9)."""
+    nearest = ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(_LARGEST_SHORT_SCALE)
+    middle = (levels[1:] + levels[:-1]) * 0.5
+    best = torch.zeros_like(scales)
+    best_level = torch.zeros(projection.shape, dtype=torch.long, device=scales.device)
+    least = torch.full(scales.shape, math.inf, device=scales.device)
+    for short in (nearest, nearest - 1, nearest + 1):
+        scale = (short.clamp(1, _LARGEST_SHORT_SCALE) << 7).to(torch.int16).view(torch.float16)
+        level = torch.bucketize(projection / scale.float(), middle)
+        radius = levels[level] * scale.float()
+        error = _tree_sum(torch.where(counted, radius * (radius - (projection + projection)), 0.0))[..., None]
+        allowed = (nearest > 0) & (short >= 1) & (short <= _LARGEST_SHORT_SCALE)
+        better = allowed & (error < least)
+        best, best_level = torch.where(better, scale, best), torch.where(better, level, best_level)
+        least = torch.where(better, error, least)
+    return best, best_level
+
+
 def encode_pages(tokens: Tensor, role: RoleScheme, secondaries: Tensor, levels: Tensor) -> Pages:
     """Code full pages, fp16 [H, N, P, D], with secondaries [H, S, 4] and levels [2^r]."""
     heads, count, page_size, head_dim = tokens.shape
@@ -178,17 +215,16 @@ def encode_pages(tokens: Tensor, role: RoleScheme, secondaries: Tensor, levels: 
     scales = raw.clamp_max(_HALF_MAX).half()[..., None]
 
     word, negative, projection = (y.reshape(norm2.shape) for y in nearest_word(chunks.flatten(1, 3), secondaries))
-    step = scales.float()
     if role.gain is Gain.MAX:
-        level = (norm2.sqrt() / step).round().clamp_max(len(levels) - 1)
+        level = (norm2.sqrt() / scales.float()).round().clamp_max(len(levels) - 1)
     else:
-        middle = (levels[1:] + levels[:-1]) * 0.5
-        level = torch.bucketize(projection / step, middle)
-    coded = ~outlier & (step > 0) & finite
+        scales, level = _best_scale(scales, projection, ~outlier, levels)
+    coded = ~outlier & (scales.float() > 0) & finite
     code = word | torch.where(coded, level, 0).long() << role.index_bits
     code = code | negative.long() << (role.index_bits + role.radius_bits)
     scales = torch.where(finite, scales, float("nan"))
-    return Pages(pack(torch.where(coded, code, 0), role), scales, mean, mask, value)
+    words = pack_scales(scales.squeeze(-1), role)
+    return Pages(pack(torch.where(coded, code, 0), role), words, mean, mask, value)
 
 
 def decode_pages(pages: Pages, role: RoleScheme, secondaries: Tensor, levels: Tensor, head_dim: int) -> Tensor:
@@ -200,7 +236,7 @@ def decode_pages(pages: Pages, role: RoleScheme, secondaries: Tensor, levels: Te
     level = (codes >> role.index_bits) & ((1 << role.radius_bits) - 1)
     negative = (codes >> (role.index_bits + role.radius_bits)).bool()
     assert pages.scales is not None
-    radius = levels[level] * pages.scales.float()
+    radius = levels[level] * unpack_scales(pages.scales, role).float()[..., None]
     heads = torch.arange(len(codes), device=codes.device)[:, None, None, None]
     chunks = word_table(secondaries)[heads, index] * torch.where(negative, -radius, radius)[..., None]
     if pages.outlier_mask is not None and pages.outlier_value is not None:

@@ -16,7 +16,7 @@ import torch
 
 from hqmq_trt import native, oracle
 from hqmq_trt.codebooks import haar, optimised
-from hqmq_trt.format import mask_words, planes, words_per_token
+from hqmq_trt.format import FORMAT_VERSION, mask_words, planes, words_per_token
 from hqmq_trt.oracle.codec import LARGEST_SHORT_SCALE, SHORT_NAN, unpack_scales
 from hqmq_trt.scheme import Gain, RoleScheme, Scheme
 from tests.codec_cases import activations, cache_digest, cases, codebook, lengths, oracle_quantize, same_bytes
@@ -262,8 +262,9 @@ def test_baseline_kernels_and_one_thread_write_the_same_bytes() -> None:
 
 def test_library_of_another_format_version_is_refused() -> None:
     path = native.library_path(native.HOST_LIBRARY)
-    with pytest.raises(native.HqmqError, match=r"is built for format version 3, this package needs 4; rebuild it with"):
-        native.load_library(path, expected_format=4)
+    message = f"is built for format version {FORMAT_VERSION}, this package needs {FORMAT_VERSION + 1}; rebuild it with"
+    with pytest.raises(native.HqmqError, match=message):
+        native.load_library(path, expected_format=FORMAT_VERSION + 1)
 
 
 def test_missing_and_foreign_libraries_are_refused(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

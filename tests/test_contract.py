@@ -16,7 +16,7 @@ from hqmq_trt.contract import ATTENTION, DEQUANTIZE, QUANTIZE, Attribute, Tensor
 from hqmq_trt.contract_check import NodeTensor, check_model, check_node
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export import export_model
-from hqmq_trt.format import cache_tensors, mask_words, scale_words, words_per_token
+from hqmq_trt.format import FORMAT_VERSION, cache_tensors, mask_words, scale_words, words_per_token
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.scheme import Scheme
 
@@ -177,7 +177,7 @@ WRONG_ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"page_size": 48}, "attribute 'page_size' is 48, no power of two"),
     ({"plugin_version": "2"}, "attribute 'plugin_version' is '2', expected '1'"),
     ({"plugin_namespace": 1}, "attribute 'plugin_namespace' is 1, expected str"),
-    ({"format_version": 1}, "cache format 1, but this hqmq-trt has 3"),
+    ({"format_version": 1}, f"cache format 1, but this hqmq-trt has {FORMAT_VERSION}"),
     ({"has_sinks": 1}, "inputs, its attributes ask for"),
     ({"k_outlier_capacity": 7}, "inputs, its attributes ask for"),
     ({"k_sink_tokens": None}, "attribute 'k_sink_tokens' is missing"),

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from hqmq_trt import cli
 from hqmq_trt.errors import HqmqError
-from hqmq_trt.format import cache_tensors
+from hqmq_trt.format import FORMAT_VERSION, cache_tensors
 from hqmq_trt.runtime import OrtSession, Request, Sampling, generate
 from tests.trt_session_cases import PAGE, caches, same_share, text
 
@@ -125,7 +125,7 @@ def test_damage_is_noticed(saved: tuple[OrtSession, Path]) -> None:
         ("cannot be read as a cache", b""),
         ("cannot be read as a cache", b"\xff" * 200),
         ("is not a cache", (arrays, {})),
-        ("another format_version: '1' instead of '2'", (arrays, {**metadata, "format_version": "1"})),
+        (f"another format_version: '1' instead of '{FORMAT_VERSION}'", (arrays, {**metadata, "format_version": "1"})),
         ("another cache_file_version: none", (arrays, {k: v for k, v in metadata.items() if k[:6] != "cache_"})),
         ("another seed: '7'", (arrays, {**metadata, "seed": "7"})),
         ("states no lengths", (arrays, {**metadata, "lengths": "[-1]"})),
