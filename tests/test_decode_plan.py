@@ -75,15 +75,6 @@ def test_the_plan_says_why_the_kernel_takes_no_call(name: str, head_dim: int, wo
     assert words in why
 
 
-def test_codes_of_the_paper_with_short_scales_take_the_table_of_hq4() -> None:
-    """One table of K's and V's words, where paper:s96_r4 has two."""
-    plans = [decode_plan(Scheme.parse(name), 128, 4, SHARED_MEMORY["227 KB"])[0] for name in ("hq:s96_r4", "hq4")]
-    assert plans[0].shared_bytes == plans[1].shared_bytes
-    paper, why = decode_plan(Scheme.parse("paper:s96_r4"), 128, 4, SHARED_MEMORY["227 KB"])
-    assert why == ""
-    assert paper.shared_bytes != plans[0].shared_bytes
-
-
 def test_nothing_runs_without_a_head() -> None:
     plan, why = decode_plan(Scheme.parse("hq4"), 128, 4, SHARED_MEMORY["227 KB"], heads=0)
     assert plan.stages == 0
