@@ -136,7 +136,9 @@ def with_sinks(case: Attention, counts: tuple[int, int]) -> None:
         cache[-1] = torch.cat([tail[:, :, :page], exact.half()], 2)
         cache[0][:, :, :count] = cache[0][:, :, 3 : 3 + count].clone()
         if role.packed:
-            cache[1][:, :, :count] *= 3
+            short = role.scale_bits == 8
+            scales = cache[1].view(torch.uint8 if short else torch.float16)[:, :, 0, :count]
+            scales[:] = scales + 12 if short else scales * 3  # 8 a power of two
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -64,7 +64,10 @@ def test_copies_are_halved_before_nothing_fits() -> None:
 
 @pytest.mark.parametrize(
     ("name", "head_dim", "words"),
-    [("hq4@p8", 128, "fewer than 16 tokens"), ("fp16", 128, "no codes"), ("hq4", 32, "no instance")],
+    [
+        *[("hq4@p8", 128, "fewer than 16 tokens"), ("fp16", 128, "no codes"), ("hq4", 32, "no instance")],
+        *[("paper:s170_r4", 128, "head_dim, gain"), ("paper:s21_r3", 64, "head_dim, gain")],  # codes of hq4 and hq3
+    ],
 )
 def test_the_plan_says_why_the_kernel_takes_no_call(name: str, head_dim: int, words: str) -> None:
     plan, why = decode_plan(Scheme.parse(name), head_dim, 4, SHARED_MEMORY["227 KB"])

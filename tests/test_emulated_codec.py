@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hqmq_trt import cuda, native, native_attention, oracle
+from hqmq_trt.oracle import codec
 from hqmq_trt.scheme import ROLES, Scheme
 from tests.attention_cases import Attention, bits
 from tests.codec_cases import activations, codebook, lengths
@@ -70,6 +71,30 @@ def test_the_first_tokens_are_kept_however_calls_cut_them(emulated: EmulatedGpu,
             for b, count in enumerate(held):
                 first = min(count, sinks)
                 assert torch.equal(bits(caches.device[-1][b, :, page : page + first]), bits(x[b, :, :first]))
+
+
+@pytest.mark.parametrize("page", [8, 16, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["hq3", "hq3.5", "hq4", "hq5", "hq:s10_r2", "hq:s21_r3+med3"])
+def test_the_choice_of_scales_is_the_oracles(emulated: EmulatedGpu, name: str, head_dim: int, page: int) -> None:
+    """Tokens of all sizes, one of zeros and one that is not finite."""
+    role = Scheme.parse(f"{name}@p{page}").value
+    emulated.use(page + head_dim)
+    book = codebook(role, 1, "value")
+    g = torch.Generator().manual_seed(page)
+    x = torch.randn(2 * page, head_dim, generator=g) * torch.logspace(-7, 4.5, 2 * page)[:, None]
+    x[4] = 0
+    x = x.clamp(-65504, 65504).half()
+    x[page + 3, 7] = torch.inf
+    cache = oracle.empty_cache(role, page, head_dim, 1, 1, 2)
+    cuda.append(x[None, None], lengths(0), lengths(2 * page), role, book, list(cache.values()))
+    for m in range(2):
+        rows = slice(m * page, (m + 1) * page)
+        coded = codec.encode_page(x[rows].float(), role, book[0][0], book[1])
+        assert torch.equal(cache["scales"][0, 0, m], codec.pack_scales(coded.scales, role))
+        assert torch.equal(cache["codes"][0, 0, rows], codec.pack(coded.codes, role))
+    assert cache["scales"].view(torch.uint8)[0, 0, 1, 3] == codec.SHORT_NAN
+    assert cache["scales"].view(torch.uint8)[0, 0, 0, 4] == 0
 
 
 @pytest.mark.parametrize("role_name", ROLES)

@@ -8,7 +8,7 @@
 // Per 32 chunks: 9 instructions besides the MMA's (two for the address, load, two products, 4 for
 // the radius). Wavefronts of shared memory: with 1, 2, 4, 8, 16 copies 6.1, 5.9, 5.3, 4.0, 2.0
 // (simulated with random indices), so that with 8 copies at head_dim 128 a tile takes about
-// 32 * 4.0 + 37 for codes, scales, levels and their arrival: 165, where its 2176 bytes take 167
+// 32 * 4.0 + 37 for codes, scales, levels and their arrival: 165, where its 2144 bytes take 165
 // cycles of an H100's memory. With half of 8 copies for each role it is 6.8 instead of 4.0.
 #pragma once
 

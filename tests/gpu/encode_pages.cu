@@ -68,10 +68,16 @@ __global__ void EncodePages(Job job) {
     mask[MaskWords(role) - 1] = dropped;
   }
   __syncthreads();
-  float middles[255], copy[64];
+  float middles[255], copy[64], projection[64], errors[64];
   for (int i = 0; i + 1 < 1 << role.radius_bits; ++i) middles[i] = LevelMiddle(job.levels, i);
   for (int c = 0; c < chunks; ++c) copy[c] = norm2[c];
-  const uint16_t scale = HalfFromFloat(TokenScale(role.gain, role.radius_bits, copy, chunks));
+  uint16_t scale = HalfFromFloat(TokenScale(role.gain, role.radius_bits, copy, chunks));
+  if (role.gain == Gain::kRms) {
+    for (int c = 0; c < chunks; ++c)
+      projection[c] = NearestWord(x + 4 * c, secondaries, role.secondaries).projection;
+    ChooseShortScale(role.radius_bits, norm2, projection, chunks, job.levels, middles, errors,
+                     &scale);
+  }
   int32_t* words = job.cache.codes + token * layout.words;
   for (int c = 0; c < chunks; ++c) {
     const float code =
@@ -80,7 +86,7 @@ __global__ void EncodePages(Job job) {
     DecodeChunk(layout, UnpackCode(layout, c, words), FloatFromHalf(scale), secondaries, job.levels,
                 job.decoded + token * d + 4 * c);
   }
-  job.cache.scales[token] = finite ? scale : kHalfNan;
+  WriteScale(role.gain, finite ? scale : kHalfNan, token, job.cache.scales);
 }
 
 }  // namespace

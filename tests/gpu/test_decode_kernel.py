@@ -52,6 +52,8 @@ PLAIN = {
     "paper:s128_r4+med3": "no instance",
     f"k={MED3},v=paper:s96_r4": "one role has Med3x outliers",
     "paper:s24_r3": "no instance",
+    "paper:s170_r4": "no instance",  # codes of hq4, scales of 16 bits
+    "paper:s21_r3": "no instance",
     "k=hq3,v=hq4": "no instance",
     "hq:s10_r2": "no instance",
     "hq3@p8": "fewer than 16 tokens",
