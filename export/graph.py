@@ -113,7 +113,7 @@ def _capture(module: CaptureModule, scheme: Scheme, layers: Sequence[AttentionLa
     def dims(spec: CacheTensor) -> dict[int, Any]:
         if spec.name == "tail":
             return {0: batch}
-        return {0: batch, 2: capacity if spec.name in ("codes", "scales") else pages}
+        return {0: batch, 2: capacity if spec.name == "codes" else pages}
 
     def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

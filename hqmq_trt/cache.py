@@ -116,7 +116,7 @@ class HqmqLayer(CacheLayerMixin):
         names = [name for role in ROLES for name in torch_ops.tensor_names(self.scheme.role(role))]
         for i, (name, tensor) in enumerate(zip(names, self.tensors, strict=True)):
             if name != "tail":
-                rows_per_page = page_size if name in ("codes", "scales") else 1
+                rows_per_page = page_size if name == "codes" else 1
                 shape = (*tensor.shape[:2], pages * rows_per_page, *tensor.shape[3:])
                 grown = tensor.new_zeros(shape)
                 grown[:, :, : tensor.shape[2]] = tensor

@@ -67,7 +67,7 @@ def _store(
     for name, tensor in encode_pages(tokens, role, *codebook)._asdict().items():
         if tensor is None:
             continue
-        if name in ("codes", "scales"):
+        if name == "codes":
             cache[name][b, :, rows] = tensor.flatten(1, 2)
         else:
             cache[name][b, :, first : first + count] = tensor
@@ -79,10 +79,9 @@ def _load_pages(
     """Full pages first … first + count - 1 of sequence b, the sink tokens exact, float32 [H, count*P, D]."""
     page_size, head_dim = _page_size(cache, role), cache["tail"].shape[3]
     rows = slice(first * page_size, (first + count) * page_size)
-    by_token = {n: cache[n][b, :, rows].unflatten(1, (count, page_size)) for n in ("codes", "scales") if n in cache}
-    by_page = {n: cache[n][b, :, first : first + count] for n in Pages._fields[2:] if n in cache}
-    found: dict[str, Tensor] = by_token | by_page
-    pages = Pages(found["codes"], *(found.get(name) for name in Pages._fields[1:]))
+    codes = cache["codes"][b, :, rows].unflatten(1, (count, page_size))
+    found = {n: cache[n][b, :, first : first + count] for n in Pages._fields[1:] if n in cache}
+    pages = Pages(codes, *(found.get(name) for name in Pages._fields[1:]))
     secondaries, levels = codebook if codebook else (pages.codes, pages.codes)
     x = decode_pages(pages, role, secondaries, levels, head_dim).flatten(1, 2)
     if first == 0:

@@ -18,12 +18,17 @@ from hqmq_trt.format import planes, words_per_token
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
+_LARGEST_SHORT_SCALE, _SHORT_NAN = 247, 255
 _SEARCH_FLOATS = 1 << 22
 """Floats of one temporary of the codeword search."""
 
 
 class Pages(NamedTuple):
-    """Coded pages [H, N] of one role, by cache tensor; None where the scheme has none."""
+    """Coded pages [H, N] of one role, by cache tensor; None where the scheme has none.
+
+    codes: int32 [H, N, P, W]; scales: int32 words [H, N, Z]; mean: fp16 [H, N, D]; outlier_mask: int32 [H, N, U];
+    outlier_value: fp16 [H, N, cap, 4].
+    """
 
     codes: Tensor
     scales: Tensor | None
@@ -146,6 +151,48 @@ def unpack(words: Tensor, role: RoleScheme, head_dim: int) -> Tensor:
     return codes
 
 
+def pack_scales(scales: Tensor, role: RoleScheme) -> Tensor:
+    """fp16 scales of pages [..., P] to their words, int32 [..., Z]; short scales (gain RMS) are exact in fp16."""
+    bits = scales.view(torch.int16).long() & 0xFFFF
+    if role.scale_bits == 8:
+        bits = torch.where(scales.isnan(), _SHORT_NAN, bits >> 7)
+    places = torch.arange(0, 32, role.scale_bits, device=scales.device)
+    return _wrap((bits.unflatten(-1, (-1, len(places))) << places).sum(-1))
+
+
+def unpack_scales(words: Tensor, role: RoleScheme) -> Tensor:
+    """Words of pages, int32 [..., Z], to fp16 scales [..., P]; the inverse of :func:`pack_scales`."""
+    places = torch.arange(0, 32, role.scale_bits, device=words.device)
+    bits = (words.long()[..., None] >> places & ((1 << role.scale_bits) - 1)).flatten(-2)
+    return scale_of_short(bits) if role.scale_bits == 8 else bits.to(torch.int16).view(torch.float16)
+
+
+def scale_of_short(short: Tensor) -> Tensor:
+    """fp16 numbers of short scales, int64 in 0…255 (hqmq_trt.format)."""
+    return (short << 7).to(torch.int16).view(torch.float16)
+
+
+def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the short scale nearest to `scales` fp16 [..., P, 1] and the two beside it the one that leaves the least error
+    (the first of them), as fp16, and its levels [..., P, C]. projection, counted (chunks that are not outliers):
+    [..., P, C]."""
+    nearest = ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(_LARGEST_SHORT_SCALE)
+    middle = (levels[1:] + levels[:-1]) * 0.5
+    best_error = torch.full_like(scales, math.inf, dtype=torch.float32)
+    best_scale, best_level = torch.zeros_like(scales), torch.zeros_like(projection, dtype=torch.int64)
+    for short in (nearest, nearest - 1, nearest + 1):
+        allowed = (nearest > 0) & (short >= 1) & (short <= _LARGEST_SHORT_SCALE)
+        scale = scale_of_short(short.clamp(1, _LARGEST_SHORT_SCALE))
+        level = torch.bucketize(projection / scale.float(), middle)
+        radius = levels[level] * scale.float()
+        error = _tree_sum(torch.where(counted, radius * (radius - (projection + projection)), 0.0))[..., None]
+        better = allowed & (error < best_error)
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_level = torch.where(better, level, best_level)
+    return best_scale, best_level
+
+
 def encode_pages(tokens: Tensor, role: RoleScheme, secondaries: Tensor, levels: Tensor) -> Pages:
     """Code full pages, fp16 [H, N, P, D], with secondaries [H, S, 4] and levels [2^r]."""
     heads, count, page_size, head_dim = tokens.shape
@@ -178,16 +225,14 @@ def encode_pages(tokens: Tensor, role: RoleScheme, secondaries: Tensor, levels: 
     scales = raw.clamp_max(_HALF_MAX).half()[..., None]
 
     word, negative, projection = (y.reshape(norm2.shape) for y in nearest_word(chunks.flatten(1, 3), secondaries))
-    step = scales.float()
     if role.gain is Gain.MAX:
-        level = (norm2.sqrt() / step).round().clamp_max(len(levels) - 1)
+        level = (norm2.sqrt() / scales.float()).round().clamp_max(len(levels) - 1)
     else:
-        middle = (levels[1:] + levels[:-1]) * 0.5
-        level = torch.bucketize(projection / step, middle)
-    coded = ~outlier & (step > 0) & finite
+        scales, level = _best_scale(scales, projection, ~outlier, levels)
+    coded = ~outlier & (scales.float() > 0) & finite
     code = word | torch.where(coded, level, 0).long() << role.index_bits
     code = code | negative.long() << (role.index_bits + role.radius_bits)
-    scales = torch.where(finite, scales, float("nan"))
+    scales = pack_scales(torch.where(finite, scales, float("nan"))[..., 0], role)
     return Pages(pack(torch.where(coded, code, 0), role), scales, mean, mask, value)
 
 
@@ -200,7 +245,7 @@ def decode_pages(pages: Pages, role: RoleScheme, secondaries: Tensor, levels: Te
     level = (codes >> role.index_bits) & ((1 << role.radius_bits) - 1)
     negative = (codes >> (role.index_bits + role.radius_bits)).bool()
     assert pages.scales is not None
-    radius = levels[level] * pages.scales.float()
+    radius = levels[level] * unpack_scales(pages.scales, role).float()[..., None]
     heads = torch.arange(len(codes), device=codes.device)[:, None, None, None]
     chunks = word_table(secondaries)[heads, index] * torch.where(negative, -radius, radius)[..., None]
     if pages.outlier_mask is not None and pages.outlier_value is not None:

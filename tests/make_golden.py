@@ -46,7 +46,7 @@ def golden_cache(scheme: Scheme, role_name: str) -> tuple[dict[str, Tensor], lis
 def full_pages(cache: dict[str, Tensor], page_size: int) -> dict[str, np.ndarray]:
     """What the cache stores of the full pages; the tail is the input itself."""
     full = TOKENS // page_size
-    rows = {"codes": full * page_size, "scales": full * page_size}
+    rows = {"codes": full * page_size}
     return {name: tensor[0, 0, : rows.get(name, full)].numpy() for name, tensor in cache.items() if name != "tail"}
 
 

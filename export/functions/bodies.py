@@ -172,7 +172,7 @@ def _decode(o: Ops, cache: dict[str, Any], secondaries: Any, levels: Any, codec:
     index = o.Mod(code, 1 << codec.index_bits)
     level = o.Mod(o.Div(code, 1 << codec.index_bits), 1 << codec.radius_bits)
     minus = o.GreaterOrEqual(code, 1 << (codec.index_bits + codec.radius_bits))
-    radius = o.Mul(o.Gather(levels, level), o.to(cache["scales"], FLOAT))
+    radius = o.Mul(o.Gather(levels, level), _scales(o, cache["scales"], codec))
     radius = o.Where(minus, o.Neg(radius), radius)
     # An index past the table can only stand in rows that hold nothing.
     heads = np.arange(codec.heads, dtype=np.int64).reshape(1, -1, 1, 1) * (12 * codec.secondaries)
@@ -185,6 +185,15 @@ def _decode(o: Ops, cache: dict[str, Any], secondaries: Any, levels: Any, codec:
         x = o.Add(x, o.Unsqueeze(o.to(cache["mean"], FLOAT), [3]))
     x = o.Reshape(x, [0, 0, -1, codec.head_dim])
     return o.hadamard(x, codec.head_dim) if codec.hadamard else x
+
+
+def _scales(o: Ops, words: Any, codec: Codec) -> Any:
+    """Words of scales [B, H, M, Z] to float32 [B, H, M*P, 1]."""
+    if codec.rms:
+        scales = o.Gather(bits.short_scales(), bits.unpack_bytes(o, words, codec.page_size))
+    else:
+        scales = bits.words_to_half(o, words, codec.page_size)
+    return o.Reshape(scales, [0, 0, -1, 1])
 
 
 def _words(o: Ops, secondaries: Any) -> Any:

@@ -143,5 +143,5 @@ class Emitter:
 def _dims(spec: CacheTensor) -> list[int | str]:
     sizes: list[int | str] = ["batch", *spec.shape[1:]]
     if spec.name != "tail":
-        sizes[2] = "capacity" if spec.name in ("codes", "scales") else "pages"
+        sizes[2] = "capacity" if spec.name == "codes" else "pages"
     return sizes
