@@ -33,7 +33,7 @@ BOUNDS = {
     r"^DecodeKernel<Cosets<.*, 256, [48]>$": 480,
     r"^DecodeKernel<.*, (64|128), [48]>$": 176,
     r"^DecodeKernel<.*, 256, [48]>$": 320,
-    r"^EncodeKernel<": 64,
+    r"^EncodeKernel<": 96,
     r"^EncodeGeneralKernel$": 0,
     r"^PrefillKernel<": 96,
     r"^Sm90Kernel<": 0,

@@ -118,7 +118,7 @@ def test_what_kernels_cannot_raise_is_counted(emulated: EmulatedGpu) -> None:
     role = case.scheme.key
     cuda.append(x, lengths(10, 3), lengths(30, 30), role, case.books[0], case.caches[0])
     assert cuda.status(emulated.device) == (2, 9, 0)
-    assert case.caches[0][1][0, 1, :16].isnan().all()
+    assert (case.caches[0][1][0, 1, 0] == -1).all()  # short scales that are NaN
     pool = paged(case, case.clone(), (0, 0))
     pool.table[0, 0] = 99
     cuda.clear_status(emulated.device)

@@ -98,8 +98,9 @@ inline Status MakeView(const hqmq_role_params& params, const hqmq_role_cache& ca
     return Invalid("cache tensor scales, mean, outlier_mask or outlier_value is missing");
   }
   if (Misaligned(secondaries, 16) || Misaligned(cache.outlier_value, 8) ||
-      Misaligned(cache.codes, 4)) {
-    return Invalid("secondaries, outlier_value or codes do not lie at multiples of 16, 8, 4 bytes");
+      Misaligned(cache.codes, 4) || Misaligned(cache.scales, 4)) {
+    return Invalid(
+        "secondaries, outlier_value, codes or scales do not lie at multiples of 16, 8, 4, 4 bytes");
   }
   return {};
 }

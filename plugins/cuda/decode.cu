@@ -15,6 +15,7 @@ namespace {
 struct Instance {
   int code_bits[2], index_bits[2], words[2];  // of K, V; words of their tables
   int head_dim, columns;
+  Gain gain;        // of both roles: so wide are their scales
   bool page_means;  // it takes K with page means, too
   bool outliers;    // both roles have them, or none
   bool compact, shared_states;
@@ -44,6 +45,7 @@ constexpr Instance Make() {
                   {Key::kWords, Value::kWords},
                   D,
                   kColumns,
+                  Key::kGain,
                   Key::kPageMeans,
                   Key::kOutliers,
                   Key::kCompact,
@@ -128,7 +130,7 @@ const Pair* FindPair(const AttentionJob& job) {
     for (int i = 0; i < 2; ++i) {
       const Layout& layout = i ? value : key;
       const RoleParams& role = i ? job.value.role : job.key.role;
-      fits = fits && layout.code_bits == instance.code_bits[i] &&
+      fits = fits && role.gain == instance.gain && layout.code_bits == instance.code_bits[i] &&
              layout.index_bits == instance.index_bits[i] &&
              12 * role.secondaries <= instance.words[i];
     }
@@ -220,10 +222,10 @@ bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
   const Cut cut = CutOf(job);
   if (cut.problems * cut.splits > 1 << 30) return Refuse(why, "the batch is too large");
   if (!FindPair(job))
-    return Refuse(why,
-                  job.key.role.outlier_capacity > 0
-                      ? "there is no instance with Med3x outliers for this head_dim and these codes"
-                      : "there is no instance for this head_dim, layout of codes and radius bits");
+    return Refuse(
+        why, job.key.role.outlier_capacity > 0
+                 ? "there is no instance with Med3x outliers for this head_dim and these codes"
+                 : "there is no instance for this head_dim, gain, layout of codes and radius bits");
   return true;
 }
 

@@ -20,6 +20,7 @@ namespace cuda {
 template <int kWordCopies>
 struct Codec16 {
   static constexpr int kCodeBits = 16, kIndexBits = 11;
+  static constexpr Gain kGain = Gain::kRms;
   static constexpr int kWords = 2048, kCopies = kWordCopies;
   static constexpr int kWordShift = kCopies == 2 ? 4 : kCopies == 4 ? 5 : 6;  // of a word's copies
   static_assert(8 * kCopies == 1 << kWordShift, "2, 4 or 8 copies");
@@ -133,6 +134,7 @@ struct Codec16 {
 template <int kWordCopies, bool kMed3x>
 struct SmallCodec16 : Codec16<kWordCopies> {
   static constexpr int kWords = 1152;
+  static constexpr Gain kGain = Gain::kMax;
   static constexpr uint32_t kTableBytes = kWords << Codec16<kWordCopies>::kWordShift;
   static constexpr bool kShared = false, kTurned = false;
   static constexpr uint32_t kReach = 2048 << Codec16<kWordCopies>::kWordShift;

@@ -16,6 +16,7 @@ namespace cuda {
 
 struct Codec20 {
   static constexpr int kCodeBits = 20, kIndexBits = 13;
+  static constexpr Gain kGain = Gain::kRms;
   static constexpr uint32_t kTableBytes = 8192 * 8, kTableAlignment = kTableBytes;
   static constexpr int kWords = 8192, kCopies = 1;
   static constexpr bool kShared = false, kTurned = false;

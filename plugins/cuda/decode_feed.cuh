@@ -18,7 +18,10 @@ struct Stage {
   static constexpr int kValueToken = D / 4 * Value::kCodeBits / 8;
   static constexpr int kKeyTile = kDecodeTile * kKeyToken;
   static constexpr int kValueTile = kDecodeTile * kValueToken;
-  static constexpr int kScalesTile = 2 * kDecodeTile;
+  static_assert(Key::kGain == Value::kGain, "scales of both roles have the same width");
+  static constexpr int kScaleBytes = ScaleBits(Key::kGain) / 8;
+  static constexpr int kScalesTile = kScaleBytes * kDecodeTile;
+  static_assert(kScalesTile % 16 == 0, "what copies are multiples of");
   static constexpr int kValue = kTiles * kKeyTile;
   static constexpr int kKeyScales = kValue + kTiles * kValueTile;
   static constexpr int kValueScales = kKeyScales + kTiles * kScalesTile;
@@ -27,6 +30,12 @@ struct Stage {
   static constexpr bool kMeans = Key::kPageMeans && !(Key::kCompact && D > 128);
   static constexpr int kBarrier = kMean + (kMeans ? 2 * D : 0);
   static constexpr int kBytes = kBarrier + 16;
+
+  // Bits of fp16 of the scale at that address.
+  static __device__ __forceinline__ uint32_t LoadScale(uint32_t at) {
+    if constexpr (kScaleBytes == 1) return ptx::LoadShared8(at) << 7;
+    return ptx::LoadShared16(at);
+  }
 
   // Tiles of the stage that begins with `tile`; `end`: of the item. They lie in one page.
   static __device__ __forceinline__ int Count(const DecodeJob& job, int tile, int end) {
@@ -88,7 +97,7 @@ __device__ __forceinline__ void CopyByLanes(uint32_t to, const void* from, int b
 template <class S>
 struct NoPage {
   static __device__ __forceinline__ const void* Scales() {
-    constexpr uint32_t kNan = 0x7E007E00u;
+    constexpr uint32_t kNan = 0xFFFFFFFFu;  // as fp16 and as short scales
     alignas(16) static __device__ const uint32_t scales[kDecodeTile] = {
         kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan,
         kNan, kNan, kNan, kNan, kNan, kNan, kNan, kNan};

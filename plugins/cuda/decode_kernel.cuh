@@ -113,9 +113,9 @@ struct DecodeBlock {
       k[i] = Key::template Load<kKeyChunks>(key_at + i * 8 * S::kKeyToken, key_codes);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t at = scales_at + 2 * (first_token + 8 * i);
-      scales[0][i] = ptx::LoadShared16(at);
-      scales[1][i] = ptx::LoadShared16(at + S::kValueScales - S::kKeyScales);
+      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
+      scales[0][i] = S::LoadScale(at);
+      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
     }
     // V's codes arrive while K's products are made, where registers allow.
     const auto load_values = [&](int half) {

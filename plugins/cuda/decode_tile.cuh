@@ -103,8 +103,8 @@ __device__ __forceinline__ void DecodeTile(const RoleView& view, int64_t page, i
     return;
   }
   const Layout& layout = view.layout;
-  const int32_t* words = view.cache.codes + (page * p + first) * layout.words;
-  const uint16_t* scales = view.cache.scales + page * p + first;
+  const int64_t row = page * p + first;
+  const int32_t* words = view.cache.codes + row * layout.words;
   const uint16_t* mean = role.page_mean ? view.cache.mean + page * role.head_dim : nullptr;
   const float* secondaries = view.secondaries + static_cast<int64_t>(h) * role.secondaries * 4;
   const bool outliers = role.outlier_capacity > 0;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void DecodeTile(const RoleView& view, int64_t page, i
     } else {
       const uint32_t code = WithinCodebook(layout, UnpackCode(layout, c, words + t * layout.words),
                                            12u * role.secondaries - 1);
-      const float scale = FloatFromHalf(scales[t]);
+      const float scale = FloatFromHalf(ReadScale(role.gain, view.cache.scales, row + t));
       if (kExact) {
         DecodeChunk(layout, code, scale, secondaries, view.levels, out);
       } else {

@@ -1,6 +1,7 @@
 // Coding pages of any scheme and shape, a block a page: bytes of docs/format.md, by the codec
 // headers that the host runs.
 #include "encode_job.h"
+#include "encode_scale.cuh"
 #include "ptx.cuh"
 #include "tails.cuh"
 
@@ -166,6 +167,45 @@ __device__ float WarpTokenScale(const RoleParams& role, const float* norm2, int 
   return Min(Sqrt(Div(sum, elements)), kHalfMax);
 }
 
+// Chunks of a token that a lane has: lane and lane + 32.
+constexpr int kLaneChunks = kMaxHeadDim / 4 / kWarp;
+
+// Chooses a token's short scale, which it returns, and makes its codes by a warp. near: projection,
+// word and sign of each chunk, four floats apart. norm2: kOutlierMark where there is an outlier;
+// gets the codes.
+__device__ uint32_t WarpTokenCodes(const RoleView& view, uint32_t nearest, const float* near,
+                                   const float* middles, float* norm2, int lane) {
+  const int chunks = view.role.head_dim / 4;
+  float projection[kLaneChunks];
+  bool counted[kLaneChunks];
+  int level[kLaneChunks];
+#pragma unroll
+  for (int i = 0; i < kLaneChunks; ++i) {
+    const int c = lane + i * kWarp;
+    counted[i] = c < chunks && norm2[c] >= 0.0f;
+    projection[i] = counted[i] ? near[4 * c] : 0.0f;
+  }
+  const uint32_t scale = ChooseByLanes(
+      view.role.radius_bits, nearest, projection, middles, view.levels,
+      [&](const float (&error)[kLaneChunks]) {
+        // Padding with zeros to 64 leaves a tree sum as it is.
+        static_assert(kLaneChunks == 2, "64 chunks");
+        return WarpSum(Add(counted[0] ? error[0] : 0.0f, counted[1] ? error[1] : 0.0f));
+      },
+      level);
+#pragma unroll
+  for (int i = 0; i < kLaneChunks; ++i) {
+    const int c = lane + i * kWarp;
+    if (c >= chunks) continue;
+    const uint32_t code = counted[i] && scale
+                              ? MakeCode(view.layout, static_cast<uint32_t>(near[4 * c + 1]),
+                                         level[i], near[4 * c + 2] > 0.0f)
+                              : 0;
+    norm2[c] = BitCast<float>(code);
+  }
+  return scale;
+}
+
 // Word w of a token from its codes (codec/layout.h). Fields do not cross words.
 __device__ uint32_t PackedWord(const Layout& layout, const float* codes, int w) {
   uint32_t word = 0;
@@ -272,20 +312,41 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (dropped && job.status && threadIdx.x == 0) atomicAdd(&job.status->dropped, dropped);
   }
 
-  for (int t = warp; t < p; t += kWarps) {
-    const uint16_t scale =
-        HalfFromFloat(WarpTokenScale(role, norm2 + t * chunks, chunks, warp_lane));
-    if (warp_lane == 0) {
-      scales[t] = FloatFromHalf(scale);
-      view.cache.scales[page * p + t] = finite[t] ? scale : kHalfNan;
+  int32_t* stored = view.cache.scales + page * ScaleWords(role);
+  if (role.gain == Gain::kRms) {
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      const float chunk[4] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+      const Nearest<float> near = NearestWord(chunk, secondaries, role.secondaries);
+      x[4 * i] = near.projection;  // the chunk is used up
+      x[4 * i + 1] = near.word;
+      x[4 * i + 2] = near.negative;
     }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < n; i += kThreads) {
-    const float chunk[4] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
-    const float code = ChunkCode(role, view.layout, chunk, norm2[i], scales[i / chunks],
-                                 secondaries, scratch->middles);
-    norm2[i] = BitCast<float>(static_cast<int32_t>(code));  // the norms are used up
+    __syncthreads();
+    for (int t = warp; t < p; t += kWarps) {
+      float* own = norm2 + t * chunks;
+      const uint32_t nearest =
+          ShortScale(HalfFromFloat(WarpTokenScale(role, own, chunks, warp_lane)));
+      const uint32_t scale =
+          WarpTokenCodes(view, nearest, x + t * d, scratch->middles, own, warp_lane);
+      const uint16_t half = finite[t] ? static_cast<uint16_t>(scale << 7) : kHalfNan;
+      if (warp_lane == 0) WriteScale(role.gain, half, t, stored);
+    }
+  } else {
+    for (int t = warp; t < p; t += kWarps) {
+      const uint16_t scale =
+          HalfFromFloat(WarpTokenScale(role, norm2 + t * chunks, chunks, warp_lane));
+      if (warp_lane == 0) {
+        scales[t] = FloatFromHalf(scale);
+        WriteScale(role.gain, finite[t] ? scale : kHalfNan, t, stored);
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n; i += kThreads) {
+      const float chunk[4] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+      const float code = ChunkCode(role, view.layout, chunk, norm2[i], scales[i / chunks],
+                                   secondaries, scratch->middles);
+      norm2[i] = BitCast<float>(static_cast<int32_t>(code));  // the norms are used up
+    }
   }
   __syncthreads();
   const int words = view.layout.words;

@@ -33,7 +33,7 @@ __host__ __device__ inline EncodeShared SharedOf(const RoleParams& role, int slo
   out.filter = padded * 16;
   out.stage = out.filter + (filtered ? padded * 64 : 0);
   out.middles = out.stage + (filtered ? kEncodeThreads * 16 : 0);
-  out.mean = out.middles + (4 << role.radius_bits);
+  out.mean = out.middles + (8 << role.radius_bits);  // levels lie behind the middles
   out.mean = (out.mean + 15) / 16 * 16;
   const int groups = kEncodeThreads / (role.head_dim > 128 ? kWarp : role.head_dim / 4);
   out.sums = out.mean + (role.page_mean ? role.head_dim * 4 : 0);
@@ -80,11 +80,11 @@ struct PieceRows {
   using Shape = RowShape<D>;
   const RoleView& view;
   FilterTables tables;
-  const float* middles;
-  const float4* rows;  // [slots][threads], rotated
+  const float* middles;  // and levels
+  const float4* rows;    // [slots][threads], rotated
   float mean[Shape::kPer][4];
   int32_t* codes;    // of the page
-  uint16_t* scales;  // of the page
+  int32_t* scales;   // of the page
   int first, shift;  // of the piece
 
   // Row of the page in slot i * kPer.
@@ -98,7 +98,10 @@ struct PieceRows {
     const RoleParams role = Shown::Role(view.role);
     const Layout layout = Shown::Codes(view.layout);
     const int lane = threadIdx.x % kWarp, chunk = threadIdx.x % Shape::kLanes;
-    float x[kSlots][4], norm2[kSlots], scale[kRows];
+    const bool rms = role.gain == Gain::kRms;
+    float x[kSlots][4], norm2[kSlots];
+    uint32_t scale[kRows];  // fp16, or the nearest short one; of rows that are not finite 0
+    uint32_t not_finite = 0;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const float4 from = rows[(slot + i) * kEncodeThreads + threadIdx.x];
@@ -126,25 +129,51 @@ struct PieceRows {
         norm2[i * Shape::kPer + j] = own[j];
       }
       const uint16_t half = RowScale<D>(role, own);
-      scale[i] = FloatFromHalf(half);
-      if (chunk == 0) scales[Row(slot / Shape::kPer + i)] = finite ? half : kHalfNan;
+      scale[i] = rms ? ShortScale(half) : half;
+      not_finite |= static_cast<uint32_t>(!finite) << i;
     }
     Best best[kSlots];
     if constexpr (kFilter) {
 #pragma unroll
       for (int i = 0; i < kSlots; ++i)
-        best[i] = SearchFiltered(x[i], scale[i / Shape::kPer] > 0.0f, tables, lane);
+        best[i] = SearchFiltered(x[i], scale[i / Shape::kPer] > 0, tables, lane);
     } else {
       SearchAll(x, tables.secondaries, tables.count, best);
     }
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const float4 q = tables.secondaries[best[i].which];
-      const Nearest<float> near =
-          WordOf(x[i], q.x, q.y, q.z, q.w, static_cast<float>(best[i].which), best[i].score);
-      const float code = CodeOf(role, layout, near, norm2[i], scale[i / Shape::kPer], middles);
-      StoreCode<D>(layout.code_bits, chunk + i % Shape::kPer * kWarp, static_cast<uint32_t>(code),
-                   codes + Row((slot + i) / Shape::kPer) * view.layout.words);
+    for (int i = 0; i < kRows; ++i) {
+      const int row = Row(slot / Shape::kPer + i);
+      int level[Shape::kPer];
+      if (rms) {
+        float projection[Shape::kPer];
+#pragma unroll
+        for (int j = 0; j < Shape::kPer; ++j) projection[j] = best[i * Shape::kPer + j].score;
+        scale[i] = ChooseByLanes(
+            role.radius_bits, scale[i], projection, middles, middles + (1 << role.radius_bits),
+            [](const float (&error)[Shape::kPer]) { return RowSum<D>(error); }, level);
+      }
+#pragma unroll
+      for (int j = 0; j < Shape::kPer; ++j) {
+        const int k = i * Shape::kPer + j;
+        const float4 q = tables.secondaries[best[k].which];
+        const Nearest<float> near =
+            WordOf(x[k], q.x, q.y, q.z, q.w, static_cast<float>(best[k].which), best[k].score);
+        uint32_t code;
+        if (rms) {
+          code = scale[i] ? MakeCode(layout, static_cast<uint32_t>(near.word), level[j],
+                                     near.negative > 0.0f)
+                          : 0;
+        } else {
+          const float step = FloatFromHalf(static_cast<uint16_t>(scale[i]));
+          code = static_cast<uint32_t>(CodeOf(role, layout, near, norm2[k], step, middles));
+        }
+        StoreCode<D>(layout.code_bits, chunk + j * kWarp, code, codes + row * view.layout.words);
+      }
+      if (chunk == 0) {
+        const uint32_t half = rms ? scale[i] << 7 : scale[i];
+        WriteScale(role.gain, not_finite >> i & 1 ? kHalfNan : static_cast<uint16_t>(half), row,
+                   scales);
+      }
     }
   }
 };
@@ -195,8 +224,12 @@ __device__ __forceinline__ bool FillTables(const RoleView& view, int h, const En
     const float values[4] = {q.x, q.y, q.z, q.w};
     usable = usable && SquaredNorm(values) <= kFilterNorm;
   }
-  for (int i = threadIdx.x; i + 1 < 1 << role.radius_bits; i += kEncodeThreads)
-    reinterpret_cast<float*>(shared + at.middles)[i] = LevelMiddle(view.levels, i);
+  const int levels = 1 << role.radius_bits;
+  float* middles = reinterpret_cast<float*>(shared + at.middles);
+  for (int i = threadIdx.x; i < levels; i += kEncodeThreads) {
+    middles[levels + i] = view.levels[i];
+    if (i + 1 < levels) middles[i] = LevelMiddle(view.levels, i);
+  }
   return usable;
 }
 
@@ -349,7 +382,7 @@ __device__ __forceinline__ void EncodePiece(const EncodeJob& job, const Piece& p
                     ptx::SharedAddress(shared + places.stage) + threadIdx.x / kWarp * 512,
                     role.secondaries, usable};
   encoder.codes = view.cache.codes + page * p * view.layout.words;
-  encoder.scales = view.cache.scales + page * p;
+  encoder.scales = view.cache.scales + page * ScaleWords(role);
   encoder.first = piece.first;
   encoder.shift = piece.shift;
   if (role.page_mean) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "encode_job.h"
+#include "encode_scale.cuh"
 #include "tails.cuh"
 
 namespace hqmq {
@@ -83,6 +84,17 @@ __device__ __forceinline__ void RotateRow(float (&x)[RowShape<D>::kPer][4], floa
   }
 }
 
+// Tree sum over a row; x: of the lane's chunks.
+template <int D>
+__device__ __forceinline__ float RowSum(const float (&x)[RowShape<D>::kPer]) {
+  float sum = x[0];
+  if constexpr (RowShape<D>::kPer == 2) sum = Add(sum, x[1]);
+#pragma unroll
+  for (int offset = RowShape<D>::kLanes / 2; offset > 0; offset /= 2)
+    sum = Add(sum, __shfl_xor_sync(kAllLanes, sum, offset));
+  return sum;
+}
+
 // TokenScale of encode.h for a row without outliers, as fp16. norm2: of the lane's chunks.
 template <int D>
 __device__ __forceinline__ uint16_t RowScale(const RoleParams& role,
@@ -96,11 +108,7 @@ __device__ __forceinline__ uint16_t RowScale(const RoleParams& role,
       x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
     x = Div(Sqrt(x), static_cast<float>((1 << role.radius_bits) - 1));
   } else {
-    if constexpr (Shape::kPer == 2) x = Add(x, norm2[1]);
-#pragma unroll
-    for (int offset = Shape::kLanes / 2; offset > 0; offset /= 2)
-      x = Add(x, __shfl_xor_sync(kAllLanes, x, offset));
-    x = Sqrt(Mul(x, 1.0f / D));  // a power of two: exactly the quotient
+    x = Sqrt(Mul(RowSum<D>(norm2), 1.0f / D));  // a power of two: exactly the quotient
   }
   return HalfFromFloat(Min(x, kHalfMax));
 }

@@ -40,7 +40,7 @@ HQMQ_API const char* hqmq_cuda_last_error(void); /* of this thread; never null *
 /* Which pages of a pool sequences have. The page tensors are then those of a cache of pool_pages
  * sequences of one page each:
  *
- *   codes [pool, H, P, W]             scales [pool, H, P, 1]               mean [pool, H, 1, D]
+ *   codes [pool, H, P, W]             scales [pool, H, 1, Z]               mean [pool, H, 1, D]
  *   outlier_mask [pool, H, 1, words]  outlier_value [pool, H, 1, cap, 4]
  *
  * Page m of sequence b (tokens m*P … m*P + P-1) is page table[b, m] of each of them, of K and of V

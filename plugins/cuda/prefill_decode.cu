@@ -74,7 +74,8 @@ __device__ __forceinline__ void LoadChunk(const RoleView& view, int64_t page, in
         WithinCodebook(layout, UnpackCode(layout, c, words), 12u * role.secondaries - 1);
     const uint32_t index = code & ((1u << layout.index_bits) - 1);
     const uint32_t level = code >> layout.index_bits & ((1u << layout.radius_bits) - 1);
-    const float size = Mul(view.levels[level], FloatFromHalf(view.cache.scales[row]));
+    const float size =
+        Mul(view.levels[level], FloatFromHalf(ReadScale(role.gain, view.cache.scales, row)));
     const float radius = code >> (layout.index_bits + layout.radius_bits) ? -size : size;
     const float* secondaries = view.secondaries + static_cast<int64_t>(h) * role.secondaries * 4;
     const float4 q = reinterpret_cast<const float4*>(secondaries)[index / 12];
