@@ -60,33 +60,6 @@ def unpack(o: Ops, words: Any, codec: Codec) -> Any:
     return o.ReduceSum(o.Reshape(fields, [0, 0, 0, len(codec.planes), codec.chunks]), [3], keepdims=0)
 
 
-def short_scales() -> Any:
-    """What the 256 short scales stand for, float32; 255 is NaN (hqmq_trt.format)."""
-    return (np.arange(256, dtype=np.uint16) << 7).view(np.float16).astype(np.float32)
-
-
-def short_scale_bounds() -> Any:
-    """float32 [255]: the nearest short scale of an fp16 number is how many of these it is not below."""
-    # Half a step of the short scale is 64 units of fp16; past the largest no number is.
-    bounds = ((np.arange(1, 256, dtype=np.uint16) << 7) - 64).view(np.float16).astype(np.float32)
-    bounds[LARGEST_SHORT_SCALE:] = np.inf
-    return bounds
-
-
-def pack_bytes(o: Ops, values: Any, count: int) -> Any:
-    """Bytes int64 [X, Y, count, 1] to words int32 [X, Y, 1, count/4], the first in the lowest bits."""
-    places = np.left_shift(1, 8 * np.arange(4, dtype=np.int64))
-    fields = o.Mul(o.Reshape(values, [0, 0, 1, count // 4, 4]), places)
-    return signed(o, o.ReduceSum(fields, [4], keepdims=0))
-
-
-def unpack_bytes(o: Ops, words: Any, count: int) -> Any:
-    """Words int32 [B, H, M, count/4] to bytes int64 [B, H, M, count]; the inverse of :func:`pack_bytes`."""
-    places = np.left_shift(1, 8 * np.arange(4, dtype=np.int64))
-    fields = o.Mod(o.Div(o.Unsqueeze(unsigned(o, words), [4]), places), 256)
-    return o.Reshape(fields, [0, 0, 0, count])
-
-
 def half_to_words(o: Ops, x: Any, head_dim: int) -> Any:
     """float16 [..., D] of rank 4 to int32 [..., D/2] of the same bits (a NaN becomes the quiet NaN 0x7E00)."""
     x = o.to(x, FLOAT)

@@ -187,15 +187,6 @@ def _decode(o: Ops, cache: dict[str, Any], secondaries: Any, levels: Any, codec:
     return o.hadamard(x, codec.head_dim) if codec.hadamard else x
 
 
-def _scales(o: Ops, words: Any, codec: Codec) -> Any:
-    """Words of scales [B, H, M, Z] to float32 [B, H, M*P, 1]."""
-    if codec.rms:
-        scales = o.Gather(bits.short_scales(), bits.unpack_bytes(o, words, codec.page_size))
-    else:
-        scales = bits.words_to_half(o, words, codec.page_size)
-    return o.Reshape(scales, [0, 0, -1, 1])
-
-
 def _words(o: Ops, secondaries: Any) -> Any:
     """The 12*S codewords of every head [H*12*S, 4], in float64 and rounded once."""
     q = [o.to(part, DOUBLE) for part in o.split(secondaries, 4)]  # each [H, S, 1]

@@ -68,8 +68,6 @@ def encode(o: Ops, pages: Any, secondaries: Any, levels: Any, codec: Codec) -> l
         scales = half_to_words(o, half, tokens)
         ratio = o.Min(o.Round(o.Div(o.Sqrt(norm2), step)), float(2**codec.radius_bits - 1))
         level = o.to(o.Where(coded, ratio, 0.0), INT64)
-        halves = o.Where(finite, raw, np.array(np.nan, np.float32))
-        scales = half_to_words(o, o.Reshape(halves, [0, 0, 1, tokens]), tokens)
     code = o.Add(word, o.Mul(level, 1 << codec.index_bits))
     code = o.Add(code, o.Mul(negative, 1 << (codec.index_bits + codec.radius_bits)))
     codes = pack(o, o.Where(coded, code, 0), codec)
@@ -102,43 +100,16 @@ def _best_scale(
     return chosen, level
 
 
-def _best_scale(o: Ops, raw: Any, projection: Any, counted: Any | None, levels: Any, codec: Codec) -> tuple[Any, Any]:
-    """Of the short scale nearest to raw [H, N, P, 1] and the two beside it the one that leaves the least error, int64
-    (0 if the nearest is 0), and its levels, int64 [H, N, P, C]. counted: chunks that are not outliers; None: all."""
-    nearest = _count(o, raw, short_scale_bounds(), 8, o.GreaterOrEqual)
+def _count_below(o: Ops, x: Any, levels: Any, radius_bits: int) -> Any:
+    """How many midpoints of the levels lie below x: a binary search over them."""
     lower = o.Slice(levels, [0], [-1], [0])
     upper = o.Slice(levels, [1], [1 << 30], [0])
     middle = o.Mul(o.Add(upper, lower), 0.5)
-    twice = o.Add(projection, projection)
-    best_error: Any = _INFINITY
-    best_short: Any = np.zeros((1, 1, 1, 1), np.int64)
-    best_level: Any = np.zeros((1, 1, 1, 1), np.int64)
-    for step in (0, -1, 1):
-        short = o.Add(nearest, step) if step else nearest
-        allowed = o.And(o.Greater(short, 0), o.LessOrEqual(short, LARGEST_SHORT_SCALE))
-        if step > 0:
-            allowed = o.And(allowed, o.Greater(nearest, 0))
-        scale = o.Gather(short_scales(), o.Min(o.Max(short, 1), LARGEST_SHORT_SCALE))
-        level = _count(o, o.Div(projection, scale), middle, codec.radius_bits, o.Greater)
-        radius = o.Mul(o.Gather(levels, level), scale)
-        error = o.Mul(radius, o.Sub(radius, twice))
-        if counted is not None:
-            error = o.Where(counted, error, 0.0)
-        error = o.Where(allowed, o.tree_sum(error, codec.chunks, 3), _INFINITY)
-        better = o.Less(error, best_error)
-        best_error = o.Where(better, error, best_error)
-        best_short = o.Where(better, short, best_short)
-        best_level = o.Where(better, level, best_level)
-    return best_short, best_level
-
-
-def _count(o: Ops, x: Any, bounds: Any, bits: int, past: Any) -> Any:
-    """How many of the 2^bits - 1 ascending bounds x is past (`past`: Greater, GreaterOrEqual): a binary search."""
-    found: Any = np.zeros((1, 1, 1, 1), np.int64)
-    for bit in reversed(range(bits)):
-        higher = o.Add(found, 1 << bit)
-        found = o.Where(past(x, o.Gather(bounds, o.Sub(higher, 1))), higher, found)
-    return found
+    level: Any = np.zeros((1, 1, 1, 1), np.int64)
+    for bit in reversed(range(radius_bits)):
+        higher = o.Add(level, 1 << bit)
+        level = o.Where(o.Greater(x, o.Gather(middle, o.Sub(higher, 1))), higher, level)
+    return level
 
 
 def _outliers(o: Ops, norm2: Any, parts: list[Any], codec: Codec) -> tuple[Any, Any, Any]:
