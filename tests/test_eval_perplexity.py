@@ -185,7 +185,8 @@ def test_results_of_another_cache_format_are_measured_again(tmp_path: Path) -> N
     before = [record["value"] for record in Store(tmp_path).records(item=1)]
     measure(subject, windows, Store(tmp_path), {})
     value = Store(tmp_path).get(key)
-    assert value is not None and value["nll"] < 99.0
+    assert value is not None
+    assert value["nll"] < 99.0
     assert [record["value"] for record in Store(tmp_path).records(item=1)] == before
     assert len((tmp_path / FILE).read_text().splitlines()) == 4  # two, the old one, and that again
 
