@@ -123,6 +123,16 @@ def decode_plan(
 
 
 @contextmanager
+def batch_invariant() -> Iterator[None]:
+    """While inside, the number of sequences in a call changes no bit of theirs."""
+    cuda.batch_invariant(True)
+    try:
+        yield
+    finally:
+        cuda.batch_invariant(False)
+
+
+@contextmanager
 def shared_memory(limit: int) -> Iterator[None]:
     """While inside, the fused decode kernel takes at most `limit` bytes of shared memory a block; 0: what there is."""
     _function("hqmq_cuda_limit_shared_memory")(limit)

@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.gpu_paths import DECODE
-from hqmq_trt import cuda
+from benchmarks.gpu_paths import DECODE, batch_invariant
 from tests.attention_cases import attention_of, bits, with_sinks
 from tests.emulated_cuda import EmulatedGpu, assert_right, attend
 
@@ -73,14 +72,11 @@ def test_problems_of_one_split(emulated: EmulatedGpu, name: str) -> None:
     inputs = case.inputs(1)
     emulated.use(1, multiprocessors=40)
     assert torch.equal(bits(attend(case, inputs, (1, 1, 1), case.clone())), bits(y))
-    cuda.batch_invariant(True)
-    try:
+    with batch_invariant():
         together = attend(case, inputs, (1, 1, 1), case.clone())
         case.past, case.caches = case.past[:1], [[x[:1].contiguous() for x in role] for role in case.caches]
         q, k, v = (x[:1].contiguous() for x in inputs)
         alone = attend(case, (q, k, v), (1,), case.caches)
-    finally:
-        cuda.batch_invariant(False)
     assert torch.equal(bits(alone), bits(together[:1]))
     assert not torch.equal(bits(together), bits(y))  # as it is cut in another way
 

@@ -166,7 +166,12 @@ struct Cut {
 // costs as long as a twentieth of a problem of usual length (its warps' states and parts are
 // joined).
 int SplitsFor(int64_t problems) {
-  int best = 1;
+  // A call asks several times, and the next layer for as many again.
+  thread_local int64_t last_problems = 0;
+  thread_local int best = 1;
+  if (problems == last_problems) return best;
+  last_problems = problems;
+  best = 1;
   double least = 0.0;
   for (int splits = 1; splits <= kMostSplits; ++splits) {
     const int64_t of_block = (problems * splits + kDecodeBlocks - 1) / kDecodeBlocks;

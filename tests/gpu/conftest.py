@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 
+from benchmarks import gpu_paths
 from hqmq_trt import cuda, native
 from hqmq_trt.errors import HqmqError
 
@@ -39,6 +40,5 @@ def clean_status() -> Iterator[None]:
 @pytest.fixture
 def batch_invariant() -> Iterator[None]:
     """In a test, the number of sequences changes no bit of theirs."""
-    cuda.batch_invariant(True)
-    yield
-    cuda.batch_invariant(False)
+    with gpu_paths.batch_invariant():
+        yield
