@@ -106,7 +106,7 @@ def fill_cache(session: Session) -> None:
         layer, role = session.manifest.layers[index], scheme.role(role_name)
         heads, dim = layer.num_kv_heads, layer.head_dim
         pages = BLOCK // page
-        sizes = {"codes": BLOCK, "scales": BLOCK, "tail": page + role.sink_tokens}
+        sizes = {"codes": BLOCK, "tail": page + role.sink_tokens}
         block = [
             torch.zeros(1, heads, sizes.get(name, pages), *tensor.shape[3:]).to(tensor.dtype)
             for name, tensor in zip(_names(session, index, role_name), tensors, strict=True)

@@ -1,7 +1,7 @@
 """What benchmarks/gpu_attention.py and gpu_encode.py time: HqmqAttention over coded caches, and fp16 attention.
 
 Ours is the whole operator through the C interface: append the new token, code its page if it fills, attend. Caches
-hold codes that the library's own encoder wrote for BLOCK tokens, pages in random order and scales by random factors,
+hold codes that the library's own encoder wrote for BLOCK tokens, pages in random order and scales changed at random,
 so that no two pages of a cache are alike. Baselines read float16 K and V of `context` tokens and append nothing.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu_paths import attention_path
 from benchmarks.gpu_timing import Step, copies_for
 from hqmq_trt import codebooks, cuda, native, native_attention, torch_attention
-from hqmq_trt.format import cache_tensors, stored_bits
+from hqmq_trt.format import LARGEST_SHORT_SCALE, cache_tensors, stored_bits
 from hqmq_trt.scheme import ROLES, RoleScheme, Scheme
 
 BLOCK = 4096
@@ -129,12 +129,26 @@ def build_cache(
             if part == "tail":
                 target[s] = torch.randn(target.shape[1:], generator=g, device=device).half()
                 continue
-            rows = target[s].unflatten(1, (pages, -1)) if part in ("codes", "scales") else target[s]
-            from_rows = source[0].unflatten(1, (source_pages, -1)) if part in ("codes", "scales") else source[0]
+            rows = target[s].unflatten(1, (pages, -1)) if part == "codes" else target[s]
+            from_rows = source[0].unflatten(1, (source_pages, -1)) if part == "codes" else source[0]
             torch.index_select(from_rows, 1, order, out=rows)
             if part == "scales":
-                target[s] *= 0.5 + torch.rand(target.shape[1:], generator=g, device=device).half()
+                _vary_scales(target[s], role, g)
     return cache
+
+
+def _vary_scales(words: Tensor, role: RoleScheme, g: torch.Generator) -> None:
+    """Change the scales of pages, int32 words [H, M, Z], in place: short ones by a step at most, fp16 by 0.5 to 1.5."""
+    if role.scale_bits == 16:
+        halves = words.view(torch.float16)
+        halves *= 0.5 + torch.rand(halves.shape, generator=g, device=words.device).half()
+        return
+    short = words.view(torch.uint8)
+    step = torch.randint(-1, 2, short.shape, generator=g, device=words.device)
+    moved = (short.int() + step).clamp(1, LARGEST_SHORT_SCALE)
+    # 0 is a token of zeros, and what lies beyond the largest is NaN: both stay.
+    keep = (short == 0) | (short > LARGEST_SHORT_SCALE)
+    short.copy_(torch.where(keep, short, moved.to(torch.uint8)))
 
 
 class Ours:

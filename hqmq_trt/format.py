@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from hqmq_trt.scheme import RoleScheme, Scheme
 
 FORMAT_VERSION = 3
+LARGEST_SHORT_SCALE = 247
+"""61,440; the bits of fp16 infinity are 248 << 7."""
+SHORT_NAN = 255
+"""The short scale of a token that was not finite."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from hqmq_trt.codebooks import HALF_PRIMARIES
-from hqmq_trt.format import planes, words_per_token
+from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN, planes, words_per_token
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
-_LARGEST_SHORT_SCALE, _SHORT_NAN = 247, 255
 _SEARCH_FLOATS = 1 << 22
 """Floats of one temporary of the codeword search."""
 
@@ -155,7 +154,7 @@ def pack_scales(scales: Tensor, role: RoleScheme) -> Tensor:
     """fp16 scales of pages [..., P] to their words, int32 [..., Z]; short scales (gain RMS) are exact in fp16."""
     bits = scales.view(torch.int16).long() & 0xFFFF
     if role.scale_bits == 8:
-        bits = torch.where(scales.isnan(), _SHORT_NAN, bits >> 7)
+        bits = torch.where(scales.isnan(), SHORT_NAN, bits >> 7)
     places = torch.arange(0, 32, role.scale_bits, device=scales.device)
     return _wrap((bits.unflatten(-1, (-1, len(places))) << places).sum(-1))
 
@@ -176,13 +175,13 @@ def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Ten
     """Of the short scale nearest to `scales` fp16 [..., P, 1] and the two beside it the one that leaves the least error
     (the first of them), as fp16, and its levels [..., P, C]. projection, counted (chunks that are not outliers):
     [..., P, C]."""
-    nearest = ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(_LARGEST_SHORT_SCALE)
+    nearest = ((scales.view(torch.int16).long() + 64) >> 7).clamp_max(LARGEST_SHORT_SCALE)
     middle = (levels[1:] + levels[:-1]) * 0.5
     best_error = torch.full_like(scales, math.inf, dtype=torch.float32)
     best_scale, best_level = torch.zeros_like(scales), torch.zeros_like(projection, dtype=torch.int64)
     for short in (nearest, nearest - 1, nearest + 1):
-        allowed = (nearest > 0) & (short >= 1) & (short <= _LARGEST_SHORT_SCALE)
-        scale = scale_of_short(short.clamp(1, _LARGEST_SHORT_SCALE))
+        allowed = (nearest > 0) & (short >= 1) & (short <= LARGEST_SHORT_SCALE)
+        scale = scale_of_short(short.clamp(1, LARGEST_SHORT_SCALE))
         level = torch.bucketize(projection / scale.float(), middle)
         radius = levels[level] * scale.float()
         error = _tree_sum(torch.where(counted, radius * (radius - (projection + projection)), 0.0))[..., None]

@@ -246,7 +246,7 @@ MANIFESTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "format": (
         lambda path: edit(path.parent, lambda c: c.update(format_version=1)),
-        "format_version is 1, this library knows 2",
+        "format_version is 1, this library knows 3",
     ),
     "plugin": (lambda path: edit(path.parent, lambda c: c.update(plugin_version="9")), "plugin_version is '9'"),
     "scheme": (lambda path: edit(path.parent, lambda c: c.update(scheme="hq9@p16")), "unknown scheme"),

@@ -90,7 +90,7 @@ def test_codebooks_of_this_format_have_not_changed() -> None:
         assert f"secondaries_{secondaries}" in codebooks._data()
     for name in sorted(name for name in codebooks._data() if int(name.split("_")[1]) >= 21):
         digest.update(name.encode() + codebooks._data()[name].astype("<f8").tobytes())
-    assert (FORMAT_VERSION, digest.hexdigest()) == (2, FORMAT_2_SHA256)
+    assert (FORMAT_VERSION, digest.hexdigest()) == (3, FORMAT_2_SHA256)
 
 
 def test_ten_bit_codes_fill_five_words_at_head_dim_64() -> None:

@@ -40,7 +40,7 @@ def test_hq_bytes(scheme: str, secondaries: int, radius: int) -> None:
     words = ceil(bits * (dim // 4) / 32)
     assert row["by_kind"] == {
         "codes": 2 * vectors * pages * page * words * 4,
-        "scales": 2 * vectors * pages * page * 2,
+        "scales": 2 * vectors * pages * page,
         "mean": vectors * pages * dim * 2,
         "tail": 2 * vectors * (page + 4) * dim * 2,
         "codebooks": 2 * layers * (heads * secondaries * 16 + 4 * 2**radius),
@@ -48,7 +48,7 @@ def test_hq_bytes(scheme: str, secondaries: int, radius: int) -> None:
     assert row["bytes"] == sum(row["by_kind"].values())
     assert row["ratio"] == pytest.approx(4 * vectors * dim * context / row["bytes"])
     assert row["paper_bits"] == pytest.approx((log2(24 * secondaries) + radius) / 4 + 16 / dim)
-    assert row["stored_bits"] == pytest.approx(words * 32 / dim + 16 / dim + 0.5 * 16 / page)
+    assert row["stored_bits"] == pytest.approx(words * 32 / dim + 8 / dim + 0.5 * 16 / page)
 
 
 def test_outliers_are_counted() -> None:
@@ -66,7 +66,7 @@ def test_outliers_are_counted() -> None:
 def test_roles_may_differ() -> None:
     shape = ["--layers", "1", "--kv-heads", "1", "--head-dim", "128", "--context", "64"]
     mixed, high, low = memory(*shape, "-s", "k=hq4,v=hq3.5", "-s", "hq4", "-s", "hq3.5")["schemes"]
-    assert mixed["stored_bits"] == pytest.approx((4.125 + 0.25 + 3.625) / 2)
+    assert mixed["stored_bits"] == pytest.approx((4.0625 + 0.25 + 3.5625) / 2)
     assert low["bytes"] < mixed["bytes"] < high["bytes"]
 
 

@@ -125,7 +125,7 @@ def test_damage_is_noticed(saved: tuple[OrtSession, Path]) -> None:
         ("cannot be read as a cache", b""),
         ("cannot be read as a cache", b"\xff" * 200),
         ("is not a cache", (arrays, {})),
-        ("another format_version: '1' instead of '2'", (arrays, {**metadata, "format_version": "1"})),
+        ("another format_version: '1' instead of '3'", (arrays, {**metadata, "format_version": "1"})),
         ("another cache_file_version: none", (arrays, {k: v for k, v in metadata.items() if k[:6] != "cache_"})),
         ("another seed: '7'", (arrays, {**metadata, "seed": "7"})),
         ("states no lengths", (arrays, {**metadata, "lengths": "[-1]"})),

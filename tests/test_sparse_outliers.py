@@ -81,7 +81,7 @@ def test_codes_and_sparse_sums_are_the_oracles_attention(head_dim: int) -> None:
     for cache, book in zip(case.caches, case.books, strict=True):
         words, scales, mask, values, _ = (tensor[0, 0].numpy() for tensor in cache)
         bits = np.ascontiguousarray(words[:80]).view(np.uint16).reshape(80, chunks)
-        scale = np.ascontiguousarray(scales[:80]).astype(np.float64)[:, 0]
+        scale = scales[:5].view(np.float16).reshape(80).astype(np.float64)
         secondaries, levels = (book[0][0].numpy().astype(np.float64), book[1].numpy().astype(np.float64))
         dense = codes_alone(case.scheme, bits, scale, secondaries, levels)
         found.append((dense, mask[:5], values[:5].astype(np.float64)))

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from hqmq_trt.format import LARGEST_SHORT_SCALE
+
 from .codec import Codec
 from .ops import FLOAT, INT32, INT64, Ops
 
 _WORD = 1 << 32
-LARGEST_SHORT_SCALE, SHORT_NAN = 247, 255
 
 
 def _fields(codec: Codec) -> list[tuple[int, int, int, int]]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN
 from hqmq_trt.scheme import OUTLIER_FACTOR
 
 from .bits import (
-    LARGEST_SHORT_SCALE,
-    SHORT_NAN,
     half_to_words,
     pack,
     pack_bytes,

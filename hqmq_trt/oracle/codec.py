@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from hqmq_trt.codebooks import HALF_PRIMARIES
-from hqmq_trt.format import planes, words_per_token
+from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN, planes, words_per_token
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
-LARGEST_SHORT_SCALE, SHORT_NAN = 247, 255
 _SEARCH_BLOCK = 1 << 14
 
 
