@@ -17,6 +17,7 @@ import torch
 from hqmq_trt import native, oracle
 from hqmq_trt.codebooks import haar, optimised
 from hqmq_trt.format import mask_words, planes, words_per_token
+from hqmq_trt.oracle.codec import LARGEST_SHORT_SCALE, SHORT_NAN, unpack_scales
 from hqmq_trt.scheme import Gain, RoleScheme, Scheme
 from tests.codec_cases import activations, cache_digest, cases, codebook, lengths, oracle_quantize, same_bytes
 
@@ -130,6 +131,27 @@ def test_not_finite_is_an_error_and_writes_nothing(bad: float, name: str) -> Non
     native.append(x, lengths(0, 4), lengths(20, 17), scheme.value, book, list(cache.values()))
 
 
+@pytest.mark.parametrize("head_dim", [12, 32, 128])
+@pytest.mark.parametrize("name", ["hq3", "hq5", "hq:s10_r2", "hq:s42_r4+med3"])
+def test_short_scales_from_the_least_to_the_largest(name: str, head_dim: int) -> None:
+    """Tokens of every size fp16 has, with a spread within the token that makes the three candidates differ."""
+    scheme = Scheme.parse(f"{name}@p256")
+    role = replace(scheme.key, hadamard=False, page_mean=False)
+    book = codebook(role, 1)
+    g = torch.Generator().manual_seed(5)
+    size = torch.exp2(torch.linspace(-25, 16, 1024))[:, None]
+    x = (torch.randn(1024, head_dim, generator=g) * size).clamp(-65504, 65504)
+    x[-64:] = 65504.0 * (1 - 2.0 * (torch.rand(64, head_dim, generator=g) > 0.5))
+    cache = oracle.empty_cache(role, 256, head_dim, 1, 1, 4)
+    rows = x[None, None].half()
+    want = oracle_quantize(rows, lengths(0), lengths(1024), role, book, cache)
+    native.append(rows, lengths(0), lengths(1024), role, book, list(cache.values()))
+    same_bytes(cache, want)
+    found = cache["scales"].view(torch.uint8).flatten()
+    assert found.min() == 0 and found[-1] in (LARGEST_SHORT_SCALE - 1, LARGEST_SHORT_SCALE)
+    assert len(found.unique()) > 200
+
+
 @pytest.mark.parametrize("name", ["hq3@p16", "paper:s8_r3@p16", "paper:s8_r3+med3@p16"])
 def test_nan_in_a_tail_becomes_nan_not_codes(name: str) -> None:
     role = Scheme.parse(name).key
@@ -140,7 +162,9 @@ def test_nan_in_a_tail_becomes_nan_not_codes(name: str) -> None:
     want = oracle_quantize(activations(1, 1, 1, 64), lengths(15), lengths(1), role, book, cache)
     native.append(activations(1, 1, 1, 64), lengths(15), lengths(1), role, book, list(cache.values()))
     same_bytes({k: v for k, v in cache.items() if k != "mean"}, {k: v for k, v in want.items() if k != "mean"})
-    assert cache["scales"][0, 0, 6].isnan()
+    assert unpack_scales(cache["scales"][0, 0, 0], role)[6].isnan()
+    bits = cache["scales"].view(torch.uint8 if role.gain is Gain.RMS else torch.int16)[0, 0, 0]
+    assert int(bits[6]) == (SHORT_NAN if role.gain is Gain.RMS else 0x7E00)
     assert int(cache["codes"][0, 0, 6].count_nonzero()) == 0
 
 
@@ -238,8 +262,8 @@ def test_baseline_kernels_and_one_thread_write_the_same_bytes() -> None:
 
 def test_library_of_another_format_version_is_refused() -> None:
     path = native.library_path(native.HOST_LIBRARY)
-    with pytest.raises(native.HqmqError, match=r"is built for format version 2, this package needs 3; rebuild it with"):
-        native.load_library(path, expected_format=3)
+    with pytest.raises(native.HqmqError, match=r"is built for format version 3, this package needs 4; rebuild it with"):
+        native.load_library(path, expected_format=4)
 
 
 def test_missing_and_foreign_libraries_are_refused(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

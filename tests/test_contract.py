@@ -16,7 +16,7 @@ from hqmq_trt.contract import ATTENTION, DEQUANTIZE, QUANTIZE, Attribute, Tensor
 from hqmq_trt.contract_check import NodeTensor, check_model, check_node
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.export import export_model
-from hqmq_trt.format import cache_tensors, mask_words, words_per_token
+from hqmq_trt.format import cache_tensors, mask_words, scale_words, words_per_token
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.scheme import Scheme
 
@@ -57,6 +57,7 @@ def sizes(scheme: Scheme, role: str) -> dict[str, int]:
         "2^r": 2**codec.radius_bits,
         "W": words_per_token(codec, HEAD_DIM),
         "U": mask_words(HEAD_DIM, page),
+        "Z": scale_words(codec, page),
         "C": codec.outlier_capacity(HEAD_DIM, page),
     }
 
@@ -176,7 +177,7 @@ WRONG_ATTRIBUTES: list[tuple[dict[str, Any], str]] = [
     ({"page_size": 48}, "attribute 'page_size' is 48, no power of two"),
     ({"plugin_version": "2"}, "attribute 'plugin_version' is '2', expected '1'"),
     ({"plugin_namespace": 1}, "attribute 'plugin_namespace' is 1, expected str"),
-    ({"format_version": 1}, "cache format 1, but this hqmq-trt has 2"),
+    ({"format_version": 1}, "cache format 1, but this hqmq-trt has 3"),
     ({"has_sinks": 1}, "inputs, its attributes ask for"),
     ({"k_outlier_capacity": 7}, "inputs, its attributes ask for"),
     ({"k_sink_tokens": None}, "attribute 'k_sink_tokens' is missing"),
@@ -201,11 +202,11 @@ WRONG_TENSORS: list[tuple[str, str, NodeTensor, str]] = [
     ("inputs", "k", NodeTensor(None, (3, 2, 5)), "input 'k' has shape"),
     ("inputs", "v", NodeTensor(None, (3, 3, 5, 32)), "dimension H is 3, but 2 of"),
     ("inputs", "q", NodeTensor(None, (3, 5, 5, 32)), "q has 5 heads"),
-    ("inputs", "key_scales", NodeTensor(None, (3, 2, 192, 2)), "input 'key_scales' has shape"),
+    ("inputs", "key_scales", NodeTensor(None, (3, 2, 3, 17)), "key_Z is 17, head_dim 32 needs 16"),
     ("inputs", "key_levels", NodeTensor(None, (8,)), "dimension key_2\\^r is 8, but 16 of radius_bits"),
     ("inputs", "value_codes", NodeTensor(None, (3, 2, 192, 5)), "W is 5"),
     ("inputs", "key_tail", NodeTensor(None, (3, 2, 64, 32)), "key_P\\+N is 64, but 68 of page_size and k_sink_tokens"),
-    ("inputs", "key_mean", NodeTensor(None, (3, 2, 4, 32)), "192 rows and 4 pages"),
+    ("inputs", "key_mean", NodeTensor(None, (3, 2, 4, 32)), "dimension M is 4, but 3 of"),
 ]
 
 
@@ -221,6 +222,15 @@ def test_wrong_tensors(kind: str, name: str, tensor: NodeTensor, message: str) -
     if kind == "inputs" and (other := {"q": "y"}.get(name, f"present_{name}")) in same:
         wrong.outputs[same.index(other)] = held[at]
     with pytest.raises(HqmqError, match=message):
+        wrong.check()
+
+
+def test_pages_that_are_not_the_rows() -> None:
+    wrong = node(QUANTIZE, "hq4")
+    names = [spec.name for spec in contract.operator(QUANTIZE).present_inputs(wrong.attributes)]
+    at = names.index("codes")
+    wrong.inputs[at] = wrong.outputs[0] = NodeTensor("int32", (3, 2, 256, *wrong.inputs[at].shape[3:]))
+    with pytest.raises(HqmqError, match="256 rows and 3 pages of 64"):
         wrong.check()
 
 

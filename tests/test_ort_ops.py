@@ -236,8 +236,7 @@ def test_types_and_shapes_are_inferred() -> None:
     case = Attention("hq4", 64, 2, 2, (0,), dtype=torch.float16)
     session = attention_model(case, 4, (4,)).session
     assert [output.type for output in session.get_outputs()] == [
-        f"tensor({kind})"
-        for kind in ("float16", "int32", "float16", "float16", "float16", "int32", "float16", "float16")
+        f"tensor({kind})" for kind in ("float16", "int32", "int32", "float16", "float16", "int32", "int32", "float16")
     ]
     assert session.get_outputs()[0].shape == ["d0_1", 4, "d2_4", 64]
     assert session.get_outputs()[1].shape == session.get_inputs()[5].shape

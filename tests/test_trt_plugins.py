@@ -60,7 +60,7 @@ def _replaced(pattern: str, replacement: str) -> Callable[[str], str]:
 
 
 WRONG_CASES = {
-    "an output of another type": _replaced(r"^output present_key_scales float16", "output present_key_scales float32"),
+    "an output of another type": _replaced(r"^output present_key_mean float16", "output present_key_mean float32"),
     "an output of another shape": _replaced(r"^(output y T -1 3\? )6", r"\g<1>7"),
     "an output that is not dynamic": _replaced(r"^(output x .*)256\?", r"\g<1>256"),
     "an input of another type": _replaced(r"^input levels float32", "input levels float16"),

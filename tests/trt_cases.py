@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hqmq_trt import contract
 from hqmq_trt.contract import ATTENTION, DEQUANTIZE, QUANTIZE, Attribute, TensorSpec
-from hqmq_trt.format import mask_words, words_per_token
+from hqmq_trt.format import mask_words, scale_words, words_per_token
 from hqmq_trt.scheme import ROLES, Scheme
 
 SCHEMES = (
@@ -45,6 +45,7 @@ def _sizes(scheme: Scheme, role: str) -> dict[str, int]:
         **{"M": PAGES, "M*P": PAGES * page, "S": codec.secondaries, "2^r": 2**codec.radius_bits},
         "W": words_per_token(codec, HEAD_DIM),
         "U": mask_words(HEAD_DIM, page),
+        "Z": scale_words(codec, page),
         "C": codec.outlier_capacity(HEAD_DIM, page),
     }
 

@@ -14,6 +14,7 @@ inline namespace HQMQ_ISA {
 
 constexpr float kOutlierFactorSquared = 9.0f;  // C² of Med3x
 constexpr float kFloatMax = 3.402823466e38f;
+constexpr float kInfinity = __builtin_huge_valf();
 // Marks an outlier in an array of squared norms.
 constexpr float kOutlierMark = -1.0f;
 
@@ -76,6 +77,64 @@ HQMQ_HD F ChunkLevel(Gain gain, int radius_bits, F norm2, F projection, F scale,
 template <class F>
 HQMQ_HD F RadiusError(F radius, F projection) {
   return Mul(radius, Sub(radius, Add(projection, projection)));
+}
+
+// The i-th short scale to try for a token, i in 0…2: the nearest, the one below, the one above. 0:
+// there is none.
+HQMQ_HD uint32_t ShortCandidate(uint32_t nearest, int i) {
+  if (nearest == 0) return 0;
+  const uint32_t tried = i == 0 ? nearest : i == 1 ? nearest - 1 : nearest + 1;
+  return tried <= kLargestShortScale ? tried : 0;
+}
+
+// What a token's chunks lose with that scale: the tree sum of RadiusError, 0 for outliers. norm2
+// (of outliers below 0), projection: of its chunks; levels: [2^r]; errors: scratch, one for each
+// chunk.
+template <class F>
+HQMQ_HD F ScaleError(int radius_bits, const F* norm2, const F* projection, int chunks, F scale,
+                     const float* levels, const float* middles, F* errors) {
+  using L = Lanes<F>;
+  const F zero = L::Set(0.0f);
+  for (int c = 0; c < chunks; ++c) {
+    const F level = ChunkLevel(Gain::kRms, radius_bits, norm2[c], projection[c], scale, middles);
+    const F radius = Mul(L::Gather(levels, level, 1), scale);
+    errors[c] = Select(Less(norm2[c], zero), zero, RadiusError(radius, projection[c]));
+  }
+  return TreeSum(errors, chunks);
+}
+
+// Replaces the fp16 scales of one token a lane by the short scale, as fp16, that loses least
+// (docs/format.md, arithmetic, step 9). Arguments as for ScaleError.
+template <class F>
+HQMQ_HD void ChooseShortScale(int radius_bits, const F* norm2, const F* projection, int chunks,
+                              const float* levels, const float* middles, F* errors,
+                              uint16_t* scales) {
+  using L = Lanes<F>;
+  uint16_t tried[L::kCount];
+  F least = L::Set(kInfinity), best = L::Set(0.0f);
+  for (int i = 0; i < 3; ++i) {
+    for (int k = 0; k < L::kCount; ++k) {
+      tried[k] = static_cast<uint16_t>(ShortCandidate(ShortScale(scales[k]), i) << 7);
+    }
+    const F scale = L::LoadHalf(tried);
+    const F error =
+        ScaleError(radius_bits, norm2, projection, chunks, scale, levels, middles, errors);
+    const auto better = And(Less(L::Set(0.0f), scale), Less(error, least));
+    least = Select(better, error, least);
+    best = Select(better, scale, best);
+  }
+  L::StoreHalf(best, scales);
+}
+
+// Stores bits of fp16 as token t's scale; the inverse of ReadScale. A short scale must be one as
+// fp16, or kHalfNan.
+HQMQ_HD void WriteScale(Gain gain, uint16_t half, int64_t t, int32_t* scales) {
+  if (gain == Gain::kMax) {
+    reinterpret_cast<uint16_t*>(scales)[t] = half;
+  } else {
+    reinterpret_cast<uint8_t*>(scales)[t] =
+        half == kHalfNan ? kShortNan : static_cast<uint8_t>(half >> 7);
+  }
 }
 
 // Code of a chunk as an integer in F (at most 23 bits, exact) from its nearest word. norm2 below 0

@@ -63,7 +63,9 @@ HQMQ_HD int MaskWords(const RoleParams& role) {
 HQMQ_HD constexpr int ScaleBits(Gain gain) { return gain == Gain::kRms ? 8 : 16; }
 
 // Z: int32 words of a page's scales.
-HQMQ_HD int ScaleWords(const RoleParams& role) { return role.page_size * ScaleBits(role.gain) / 32; }
+HQMQ_HD int ScaleWords(const RoleParams& role) {
+  return role.page_size * ScaleBits(role.gain) / 32;
+}
 
 constexpr uint32_t kLargestShortScale = 247;
 constexpr uint8_t kShortNan = 255;

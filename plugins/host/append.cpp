@@ -74,9 +74,10 @@ void EncodeOne(const AppendJob& job, const Page& at, const Layout& layout, const
   work.role = &role;
   work.rows = rows;
   work.secondaries = job.secondaries + static_cast<int64_t>(at.h) * role.secondaries * 4;
+  work.levels = job.levels;
   work.middles = middles;
   work.codes = codes;
-  work.scales = job.cache.scales + page * p;
+  work.scales = job.cache.scales + page * ScaleWords(role);
   if (role.page_mean) work.mean = job.cache.mean + page * d;
   if (role.outlier_capacity > 0) {
     work.outlier_mask = job.cache.outlier_mask + page * MaskWords(role);

@@ -84,7 +84,7 @@ HQMQ_HD F32x8 LookUp(const float* levels, U32x8 level) {
 }
 
 // out[4*i + j] = words[index[i]][j] * radius[i], eight chunks.
-HQMQ_HD void ScaleWords(F32x8 radius, U32x8 index, const float* words, float* out) {
+HQMQ_HD void WordsTimes(F32x8 radius, U32x8 index, const float* words, float* out) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     F32x4 x;
@@ -105,7 +105,7 @@ HQMQ_HD void DecodeGroups(const Layout& layout, const uint8_t* token, float scal
     const U32x8 index = code & index_mask;
     const U32x8 sign = (code >> (layout.index_bits + layout.radius_bits)) << 31;
     const F32x8 size = Mul(LookUp<kLookup>(levels, (code >> layout.index_bits) & level_mask), step);
-    ScaleWords({BitCast<F32x8::Vector>(BitCast<U32x8>(size.v) ^ sign)}, index, words,
+    WordsTimes({BitCast<F32x8::Vector>(BitCast<U32x8>(size.v) ^ sign)}, index, words,
                out + 32 * group);
   }
 }
@@ -130,7 +130,7 @@ struct PageReader {
   const float* words;
   const float* levels;
   const int32_t* codes;      // of the page's first row
-  const uint16_t* scales;    // likewise; null for fp16 storage
+  const int32_t* scales;     // of the page; null for fp16 storage
   const uint16_t* mean;      // of the page, or null
   const int32_t* mask;       // of the page, or null
   const uint16_t* outliers;  // of the page
@@ -154,7 +154,7 @@ HQMQ_HD PageReader OpenPage(const RoleParams& role, const Layout& layout, const 
   }
   out.words = table.words + head * table.head_stride;
   out.levels = table.levels;
-  out.scales = cache.scales + rows;
+  out.scales = cache.scales + pages * ScaleWords(role);
   if (role.page_mean) out.mean = cache.mean + pages * role.head_dim;
   if (role.outlier_capacity > 0) {
     out.mask = cache.outlier_mask + pages * MaskWords(role);
@@ -168,7 +168,7 @@ HQMQ_HD void ReadPacked(const PageReader& page, int first, int count, int stride
   const bool by_groups = page.layout.chunks % 4 == 0;  // planes start at whole bytes
   for (int i = 0; i < count; ++i) {
     const int32_t* token = page.codes + int64_t{first + i} * page.layout.words;
-    const float scale = FloatFromHalf(page.scales[first + i]);
+    const float scale = FloatFromHalf(ReadScale(page.role->gain, page.scales, first + i));
     float* row = out + int64_t{i} * stride;
     int done = 0;
     if (by_groups) {

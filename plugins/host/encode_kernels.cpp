@@ -97,7 +97,8 @@ int EncodePage(const PageJob& job) {
   F32x8* norm2 = x + groups * d;
   F32x8* column = norm2 + groups * chunks;
   F32x8* row = column + groups;
-  auto* flat = reinterpret_cast<float*>(row + chunks);
+  F32x8 *projection = row + chunks, *word = projection + chunks, *negative = word + chunks;
+  auto* flat = reinterpret_cast<float*>(negative + chunks);
 
   const float hadamard_scale = role.hadamard ? HadamardScale(d) : 1.0f;
   for (int g = 0; g < groups; ++g) {
@@ -136,21 +137,32 @@ int EncodePage(const PageJob& job) {
 
   memset(job.codes, 0, static_cast<size_t>(role.page_size) * layout.words * sizeof(int32_t));
   for (int g = 0; g < groups; ++g) {
-    for (int c = 0; c < chunks; ++c) row[c] = norm2[g * chunks + c];
-    uint16_t* scales = job.scales + 8 * g;
+    const F32x8* norms = norm2 + g * chunks;
+    for (int c = 0; c < chunks; ++c) row[c] = norms[c];
+    uint16_t scales[8];
     L::StoreHalf(TokenScale(role.gain, role.radius_bits, row, chunks), scales);
-    const F32x8 step = L::LoadHalf(scales);
-    auto* codes = reinterpret_cast<int32_t*>(row);  // the norms there are used up
     for (int c = 0; c < chunks; ++c) {
-      const F32x8 code = ChunkCode(role, layout, x + g * d + 4 * c, norm2[g * chunks + c], step,
-                                   job.secondaries, job.middles);
-      L::StoreInt(code, codes + 8 * c);
+      const Nearest<F32x8> near = NearestWord(x + g * d + 4 * c, job.secondaries, role.secondaries);
+      word[c] = near.word;
+      negative[c] = near.negative;
+      projection[c] = near.projection;
+    }
+    if (role.gain == Gain::kRms) {
+      ChooseShortScale(role.radius_bits, norms, projection, chunks, job.levels, job.middles, row,
+                       scales);
+    }
+    const F32x8 step = L::LoadHalf(scales);
+    auto* codes = reinterpret_cast<int32_t*>(row);  // what was there is used up
+    for (int c = 0; c < chunks; ++c) {
+      const Nearest<F32x8> near = {word[c], negative[c], projection[c]};
+      L::StoreInt(CodeOf(role, layout, near, norms[c], step, job.middles), codes + 8 * c);
     }
     for (int t = 0; t < 8; ++t) {
       PackToken(layout, codes + t, 8, job.codes + (8 * g + t) * layout.words);
     }
     for (int t = 0; t < 8; ++t) {
-      if (finite[8 * g + t] == 0.0f) scales[t] = kHalfNan;
+      const uint16_t scale = finite[8 * g + t] == 0.0f ? kHalfNan : scales[t];
+      WriteScale(role.gain, scale, 8 * g + t, job.scales);
     }
   }
   return dropped;

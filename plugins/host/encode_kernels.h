@@ -8,16 +8,17 @@
 
 namespace hqmq {
 
-// One page of one head. rows: fp16 [P, D]; secondaries: [S, 4]; middles: [2^r - 1] boundaries
-// between levels. The rest points into the cache: codes [P, W], scales [P], mean [D], outlier_mask,
-// outlier_value [cap, 4].
+// One page of one head. rows: fp16 [P, D]; secondaries: [S, 4]; levels: [2^r]; middles:
+// [2^r - 1] boundaries between them. The rest points into the cache: codes [P, W], scales [Z], mean
+// [D], outlier_mask, outlier_value [cap, 4].
 struct PageJob {
   const RoleParams* role;
   const uint16_t* rows;
   const float* secondaries;
+  const float* levels;
   const float* middles;
   int32_t* codes;
-  uint16_t* scales;
+  int32_t* scales;
   uint16_t* mean;
   int32_t* outlier_mask;
   uint16_t* outlier_value;
@@ -27,7 +28,7 @@ struct PageJob {
 inline size_t ScratchFloats(const RoleParams& role) {
   const size_t p = role.page_size, d = role.head_dim, chunks = d / 4;
   const size_t flat = role.outlier_capacity > 0 ? p * chunks : 0;
-  return p * d + p * chunks + p + 8 * chunks + flat;
+  return p * d + p * chunks + p + 4 * 8 * chunks + flat;
 }
 
 struct EncodeKernels {

@@ -49,7 +49,7 @@ typedef struct hqmq_role_params {
  */
 typedef struct hqmq_role_cache {
   int32_t* codes;          /* [B, H, M*P, W] */
-  uint16_t* scales;        /* [B, H, M*P, 1] */
+  int32_t* scales;         /* [B, H, M, P*b/32]: b = 16 bits a token with gain MAX, 8 with RMS */
   uint16_t* mean;          /* [B, H, M, D] */
   int32_t* outlier_mask;   /* [B, H, M, mask_words] */
   uint16_t* outlier_value; /* [B, H, M, cap, 4] */

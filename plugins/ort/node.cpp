@@ -109,7 +109,7 @@ RoleCache CacheOf(const RoleParams& params, const std::vector<Tensor>& tensors) 
   size_t i = 0;
   RoleCache cache = {};
   cache.codes = static_cast<int32_t*>(tensors[i++].data);
-  if (params.storage == Storage::kHqmq) cache.scales = static_cast<uint16_t*>(tensors[i++].data);
+  if (params.storage == Storage::kHqmq) cache.scales = static_cast<int32_t*>(tensors[i++].data);
   if (params.page_mean) cache.mean = static_cast<uint16_t*>(tensors[i++].data);
   if (params.outlier_capacity > 0) {
     cache.outlier_mask = static_cast<int32_t*>(tensors[i++].data);
@@ -160,7 +160,7 @@ Role::View Role::Read(const KernelContext* context, size_t first_codebook,
     Dims dims;
   };
   std::vector<Expected> expected = {{"codes", kInt32, {b, h, m * page, layout.words}}};
-  if (packed()) expected.push_back({"scales", kFloat16, {b, h, m * page, 1}});
+  if (packed()) expected.push_back({"scales", kInt32, {b, h, m, ScaleWords(out.params)}});
   if (params_.page_mean) expected.push_back({"mean", kFloat16, {b, h, m, d}});
   if (params_.outlier_capacity > 0) {
     expected.push_back({"outlier_mask", kInt32, {b, h, m, MaskWords(out.params)}});

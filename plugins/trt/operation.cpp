@@ -5,6 +5,7 @@
 #include <map>
 #include <sstream>
 
+#include "codec/layout.h"
 #include "log.h"
 
 namespace hqmq::trt {
@@ -79,6 +80,7 @@ std::vector<Dim> Operation::DimsOf(const contract::Tensor& tensor) const {
       {"S", {value ? kValueSecondaries : kSecondaries}},
       {"W", {value ? kValueWords : kWords}},
       {"U", {kMaskWords}},
+      {"Z", {kFixed, ScaleWords(role)}},
       {"P+N", {kFixed, TailRows(role)}},
       {"C", {kFixed, role.outlier_capacity}},
       {"2^r", {kFixed, int64_t{1} << role.radius_bits}},
@@ -154,7 +156,7 @@ hqmq_role_cache Operation::Cache(size_t role, void* const* tensors) const {
   const RoleParams& params = roles_[role];
   hqmq_role_cache cache = {};
   cache.codes = static_cast<int32_t*>(*tensors++);
-  if (params.storage == Storage::kHqmq) cache.scales = static_cast<uint16_t*>(*tensors++);
+  if (params.storage == Storage::kHqmq) cache.scales = static_cast<int32_t*>(*tensors++);
   if (params.page_mean) cache.mean = static_cast<uint16_t*>(*tensors++);
   if (params.outlier_capacity > 0) {
     cache.outlier_mask = static_cast<int32_t*>(*tensors++);
