@@ -97,7 +97,7 @@ def test_ten_bit_codes_fill_five_words_at_head_dim_64() -> None:
     for name, index_bits in (("hq:s10_r2", 7), ("hq:s5_r3", 6)):
         role = Scheme.parse(name).value
         assert (role.index_bits, role.code_bits, words_per_token(role, 64)) == (index_bits, 10, 5)
-        assert stored_bits(role, 64, 64) == 2.5 + 0.25
+        assert stored_bits(role, 64, 64) == 2.5 + 0.125
 
 
 def test_search_extends_a_file_and_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
