@@ -229,9 +229,9 @@ def test_pages_that_are_not_the_rows() -> None:
     wrong = node(QUANTIZE, "hq4")
     names = [spec.name for spec in contract.operator(QUANTIZE).present_inputs(wrong.attributes)]
     at = names.index("codes")
-    shape = wrong.inputs[at].shape
-    assert shape is not None
-    wrong.inputs[at] = wrong.outputs[0] = NodeTensor("int32", (3, 2, 256, *shape[3:]))
+    words = wrong.inputs[at].shape
+    assert words is not None
+    wrong.inputs[at] = wrong.outputs[0] = NodeTensor("int32", (3, 2, 256, words[3]))
     with pytest.raises(HqmqError, match="256 rows and 3 pages of 64"):
         wrong.check()
 

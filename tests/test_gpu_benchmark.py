@@ -78,6 +78,30 @@ def test_pages_of_a_cache_differ() -> None:
     assert len({tuple(page.tolist()) for page in scales}) == 16
 
 
+@pytest.mark.parametrize("name", ["hq3", "paper:s8_r2"])
+def test_changed_scales_are_scales(name: str) -> None:
+    """Short ones move by a step at most, none becomes NaN; zeros stay."""
+    role = Scheme.parse(name).key
+    g = torch.Generator().manual_seed(1)
+    short = torch.tensor([0, 1, 2, 120, 246, 247, 255, 8] * 8, dtype=torch.uint8)
+    halves = torch.rand(32, generator=g).half()
+    before = short if role.scale_bits == 8 else halves
+    words = before.view(torch.int32).reshape(1, 4, -1).clone()
+    gpu_cases._vary_scales(words, role, g)
+    after = words.flatten().view(before.dtype)
+    if role.scale_bits == 8:
+        assert torch.equal(after[(short == 0) | (short == 255)], short[(short == 0) | (short == 255)])
+        step = after.int() - short.int()
+        assert set(step.tolist()) == {-1, 0, 1}
+        moved = after[(short > 0) & (short < 255)]
+        assert (int(moved.min()), int(moved.max())) == (1, 247)
+    else:
+        ratio = after.double() / before.double()
+        assert ratio.min() >= 0.49
+        assert ratio.max() <= 1.51
+        assert not torch.equal(after, before)
+
+
 def row(**values: Any) -> dict[str, Any]:
     usual = {"kind": "ours", "case": "hq3", "heads": 8, "group": 4, "head_dim": 128, "tokens": 1, "us": 10.0}
     return {**usual, **values}

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from hqmq_trt import native
+from hqmq_trt.oracle.codec import unpack_scales
 from hqmq_trt.scheme import Scheme
 from tests.attention_cases import Attention, lengths
 from tests.codec_cases import activations
@@ -81,7 +82,8 @@ def test_codes_and_sparse_sums_are_the_oracles_attention(head_dim: int) -> None:
     for cache, book in zip(case.caches, case.books, strict=True):
         words, scales, mask, values, _ = (tensor[0, 0].numpy() for tensor in cache)
         bits = np.ascontiguousarray(words[:80]).view(np.uint16).reshape(80, chunks)
-        scale = scales[:5].view(np.float16).reshape(80).astype(np.float64)
+        pages = [unpack_scales(torch.from_numpy(page), case.scheme.key).double() for page in scales[:5]]
+        scale = torch.cat(pages).numpy()
         secondaries, levels = (book[0][0].numpy().astype(np.float64), book[1].numpy().astype(np.float64))
         dense = codes_alone(case.scheme, bits, scale, secondaries, levels)
         found.append((dense, mask[:5], values[:5].astype(np.float64)))
