@@ -130,7 +130,7 @@ def paper_bits(role: RoleScheme, head_dim: int, outlier_share: float = 0.0, with
         return 16.0
     from math import log2
 
-    bits = (log2(24 * role.secondaries) + role.radius_bits) / 4 + (16 / head_dim if with_scale else 0.0)
+    bits = (log2(24 * role.secondaries) + role.radius_bits) / 4 + (role.scale_bits / head_dim if with_scale else 0.0)
     return bits + (0.25 + 16 * outlier_share if role.med3 else 0.0)
 
 

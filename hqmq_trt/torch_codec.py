@@ -18,7 +18,6 @@ from hqmq_trt.format import LARGEST_SHORT_SCALE, SHORT_NAN, planes, words_per_to
 from hqmq_trt.scheme import OUTLIER_FACTOR, Gain, RoleScheme
 
 _HALF_MAX = 65504.0
-_LARGEST_SHORT_SCALE, _SHORT_NAN = 247, 255
 _SEARCH_FLOATS = 1 << 22
 """Floats of one temporary of the codeword search."""
 

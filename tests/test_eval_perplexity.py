@@ -233,7 +233,7 @@ def test_the_summary_pairs_windows_with_the_reference(tmp_path: Path) -> None:
 def test_bits_count_all_that_is_stored() -> None:
     subject = subject_of("k=hq4,v=hq3@p16")
     head_dim = 16
-    scale, mean = 16 / head_dim, 16 / 16
+    scale, mean = 8 / head_dim, 16 / 16
     # Whole words: four chunks of 16 and 12 bits take 64 and 48 bits, the latter rounded up to two words.
     assert subject.bits().stored == pytest.approx(((64 / 16 + scale + mean) + (64 / 16 + scale)) / 2)
     assert subject.bits().tail == 16 + 4

@@ -47,7 +47,7 @@ def test_hq_bytes(scheme: str, secondaries: int, radius: int) -> None:
     }
     assert row["bytes"] == sum(row["by_kind"].values())
     assert row["ratio"] == pytest.approx(4 * vectors * dim * context / row["bytes"])
-    assert row["paper_bits"] == pytest.approx((log2(24 * secondaries) + radius) / 4 + 16 / dim)
+    assert row["paper_bits"] == pytest.approx((log2(24 * secondaries) + radius) / 4 + 8 / dim)
     assert row["stored_bits"] == pytest.approx(words * 32 / dim + 8 / dim + 0.5 * 16 / page)
 
 

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from hqmq_trt import native
-from hqmq_trt.oracle.codec import unpack_scales
 from hqmq_trt.scheme import Scheme
 from tests.attention_cases import Attention, lengths
 from tests.codec_cases import activations
