@@ -3,7 +3,8 @@
 ``python -m benchmarks.gpu_attention --output FOLDER --quick`` measures the points of the table of targets in less than
 a minute; ``--grid`` measures presets x head_dim x group x batch x context; without either, the contexts and batches
 given. Needs torch and libhqmq_cuda.so (``--library FOLDER``), no compiler and no TensorRT. Writes gpu_attention.json,
-gpu_attention.md and gpu_attention.png, after every shape.
+gpu_attention.md and gpu_attention.png, after every shape. Baselines: cuDNN and Flash of PyTorch; with Triton 4-bit
+codes; with FlashInfer (``pip install flashinfer-python``, nvcc, ninja) float16 and float8 KV.
 
 Columns: "us" is one launch (a decode step of one layer, the append of its token included) that finds nothing in L2, as
 between the layers of a model; "warm" the same memory again and again, so that L2 holds it where it fits; "fill" a step
@@ -25,8 +26,8 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import gpu_targets
-from benchmarks.gpu_cases import Half, Ours, Shape, flashinfer_steps, prefill_variants
+from benchmarks import gpu_flashinfer, gpu_targets
+from benchmarks.gpu_cases import Half, Ours, Shape, prefill_variants
 from benchmarks.gpu_encode import measure_encode, measure_prefill
 from benchmarks.gpu_encode import sheet as encode_sheet
 from benchmarks.gpu_paths import plain_attention
@@ -46,7 +47,7 @@ class Run:
     def __init__(self, output: Path, device: torch.device, budget: float, commit: str | None) -> None:
         self.output, self.device = output, device
         self.deadline = time.monotonic() + budget
-        self.old, self.triton = False, True
+        self.old, self.rivals = False, True
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.machine = machine(commit)
@@ -94,10 +95,10 @@ class Run:
                 self.time("fp16", name, shape, steps, bytes=shape.half_bytes)
             del case
             free(self.device)
-            if shape.tokens == 1 and self.device.type == "cuda" and version_of("flashinfer") != "missing":
+            if shape.tokens == 1 and self.rivals:
                 self._flashinfer(shape)
-            if shape.tokens == 1 and self.device.type == "cuda" and self.triton and version_of("triton") != "missing":
-                self._triton(shape)
+                if self.device.type == "cuda" and version_of("triton") != "missing":
+                    self._triton(shape)
             same = [row for row in self.rows if row["kind"] == "fp16" and _same(row, shape)]
         timed = [row for row in same if row["kind"] == "fp16" and "us" in row]
         if not timed:
@@ -106,13 +107,42 @@ class Run:
         return {"name": best["case"], "us": best["us"], "warm_us": min(row["warm_us"] for row in timed)}
 
     def _flashinfer(self, shape: Shape) -> None:
-        for fp8 in (False, True):
-            size = shape.half_bytes // (2 if fp8 else 1)
-            copies = min(copies_for(size, self.device), 8)  # each has a workspace of its own
-            kind, name = ("fp8", "flashinfer_fp8") if fp8 else ("fp16", "flashinfer")
-            make = partial(flashinfer_steps, shape, self.device, copies, fp8)
-            self.time(kind, name, shape, make, bytes=size)
+        """FlashInfer in its fastest settings; where it is missing, rows that say so."""
+        why = gpu_flashinfer.missing(self.device)
+        for kind, dtype in gpu_flashinfer.DTYPES.items():
+            end = "" if kind == "fp16" else f"_{kind}"
+            if why:
+                self.rows.append({"kind": kind, "case": f"flashinfer{end}", **shape.values(), "missing": why})
+                continue
+            try:
+                decode = gpu_flashinfer.Decode(shape, self.device, dtype)
+            except torch.OutOfMemoryError:
+                self._note(f"FlashInfer's {kind} of {shape} does not fit the memory")
+                continue
+            for case in gpu_flashinfer.CASES:
+                self._fastest(decode, kind, case + end, gpu_flashinfer.kernels(case, kind))
+            del decode
             free(self.device)
+
+    def _fastest(
+        self, decode: gpu_flashinfer.Decode, kind: str, case: str, settings: list[gpu_flashinfer.Setting]
+    ) -> None:
+        """A row of the fastest of FlashInfer's settings, or of why each failed."""
+        found = decode.fastest(settings, lambda steps: graph_time(steps, self.device, 3).us)
+        for setting, result in found.tried.items():
+            if isinstance(result, str):
+                self._note(f"{case}, {setting}: {result}")
+        if found.setting is None:
+            reasons = "; ".join(str(result) for result in found.tried.values())
+            self.rows.append({"kind": kind, "case": case, **decode.shape.values(), "failed": reasons})
+            return
+        nbytes = decode.bytes_read(found.setting.page_size)
+        more = {"settings": str(found.setting), "tried": found.tried, "error": found.error}
+        self.time(kind, case, decode.shape, found.steps, bytes=nbytes, **more)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     def _triton(self, shape: Shape) -> None:
         """4-bit codes in Triton, in its fastest configuration; benchmarks/triton_int4.py says what is left out."""
@@ -180,6 +210,8 @@ class Run:
             timed.append(self.time("prefill_fp16", name, shape, steps))
             del steps
         free(self.device)
+        timed.append(self._flashinfer_prefill(shape))
+        free(self.device)
         best = min((row for row in timed if "us" in row), key=lambda row: float(row["us"]), default=None)
         for scheme in schemes:
             row = self.time("prefill", scheme, shape, Ours(shape, scheme, self.device, prefill=True).steps)
@@ -187,6 +219,19 @@ class Run:
                 row |= {"best_fp16": best["case"], "x_fp16": best["us"] / row["us"]}
             free(self.device)
         self.write()
+
+    def _flashinfer_prefill(self, shape: Shape) -> Row:
+        row: Row = {"kind": "prefill_fp16", "case": "flashinfer", **shape.values()}
+        why = gpu_flashinfer.missing(self.device)
+        if why:
+            self.rows.append(row | {"missing": why})
+            return self.rows[-1]
+        try:
+            step = gpu_flashinfer.prefill_step(shape, self.device)
+        except Exception as error:  # FlashInfer raises what its compilers, bindings and checks raise
+            self.rows.append(row | {"failed": (str(error).splitlines() or [type(error).__name__])[0][:120]})
+            return self.rows[-1]
+        return self.time("prefill_fp16", "flashinfer", shape, [step])
 
     def encode(self, context: int, schemes: list[str]) -> None:
         """Coding a prefill against its attention."""
@@ -220,9 +265,10 @@ class Run:
         """Tables and plot."""
         self.write()
         where = self.machine
-        for name, package in (("FlashInfer", "flashinfer"), ("Triton", "triton")):
-            if version_of(package) == "missing":
-                self.notes.append(f"{name} is not installed: no row of it")
+        if not self.rivals:  # their kernels are compiled and tuned anew for every shape
+            self.notes.append("FlashInfer and Triton are not timed in a grid")
+        elif version_of("triton") == "missing":
+            self.notes.append("Triton is not installed: no row of it")
         self.notes += failures(self.rows)
         sheets = [attention_sheet(self.rows), prefill_sheet(self.rows), encode_sheet(self.rows)]
         sheets += [grid_sheet(self.rows)] if grid else []
@@ -298,7 +344,7 @@ def main(
     on = torch.device(device, 0) if device == "cuda" else torch.device(device)
     names = schemes.split() if schemes else None
     run = Run(output, on, budget, commit)
-    run.old, run.triton = old, not grid  # its kernels are compiled and tuned anew for every shape
+    run.old, run.rivals = old, not grid
     if quick_run:
         quick(run, names, tail)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -341,31 +341,3 @@ def prefill_variants(shape: Shape, device: torch.device) -> dict[str, list[Step]
             return out
 
     return {"cudnn_two_parts": [lambda: [part() for part in parts]], "flash": [lower_right]}
-
-
-def flashinfer_steps(shape: Shape, device: torch.device, copies: int, fp8: bool) -> list[Step]:
-    """Decode of FlashInfer over pages of 16 tokens, K and V in float16 or float8 e4m3. Raises ImportError."""
-    import flashinfer  # type: ignore[import-not-found]
-
-    page, dtype = 16, torch.float8_e4m3fn if fp8 else torch.float16
-    pages, g = shape.context // page, torch.Generator(device=device).manual_seed(3)
-    steps: list[Step] = []
-    for _ in range(copies):
-        size = (shape.batch * pages, 2, shape.heads, page, shape.head_dim)
-        cache = torch.empty(size, dtype=torch.float16, device=device).normal_(generator=g).to(dtype)
-        q = torch.randn(shape.batch, shape.query_heads, shape.head_dim, generator=g, device=device).half()
-        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        wrapper.plan(
-            int32(range(0, shape.batch * pages + 1, pages), device),
-            int32(range(shape.batch * pages), device),
-            int32([page] * shape.batch, device),
-            shape.query_heads,
-            shape.heads,
-            shape.head_dim,
-            page,
-            q_data_type=torch.float16,
-            kv_data_type=dtype,
-        )
-        steps.append(partial(wrapper.run, q, cache))
-    return steps

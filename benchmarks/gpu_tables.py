@@ -34,9 +34,11 @@ def attention_sheet(rows: Sequence[Row]) -> Sheet:
 
 def _cells(row: Row) -> list[str]:
     case = row["case"] + {"fp16": " fp16", "ours_plain": ", plain kernels"}.get(row["kind"], "")
+    if "settings" in row:
+        case += f" ({row['settings']})"
     start = [str(row["batch"]), f"{row['context']:,}", str(row["head_dim"]), str(row["group"]), case]
     if "us" not in row:
-        return [*start, "failed", *[""] * (len(COLUMNS) - 6)]
+        return [*start, row.get("missing", "failed"), *[""] * (len(COLUMNS) - 6)]
     styles = {"us": ".1f", "warm_us": ".1f", "fill_us": ".1f", "tb_s": ".2f", "limit_us": ".1f"}
     styles |= {
         "x_fp16": ".2f",
@@ -67,7 +69,7 @@ def prefill_sheet(rows: Sequence[Row]) -> Sheet:
     for row in rows:
         if row["kind"] not in ("prefill", "prefill_fp16"):
             continue
-        time = f"{row['us'] / 1e3:.2f}" if "us" in row else "failed"
+        time = f"{row['us'] / 1e3:.2f}" if "us" in row else row.get("missing", "failed")
         past = row["context"] - row["tokens"]
         case = row["case"] + (" fp16" if row["kind"] == "prefill_fp16" else "")
         cells.append((f"{row['tokens']:,}", f"{past:,}", case, time, _number(row.get("x_fp16"), ".2f")))
