@@ -48,6 +48,7 @@ class Run:
         self.output, self.device = output, device
         self.deadline = time.monotonic() + budget
         self.old, self.rivals = False, True
+        self.without: list[str] = []
         self.rows: list[Row] = []
         self.notes: list[str] = []
         self.machine = machine(commit)
@@ -120,7 +121,11 @@ class Run:
                 self._note(f"FlashInfer's {kind} of {shape} does not fit the memory")
                 continue
             for case in gpu_flashinfer.CASES:
-                self._fastest(decode, kind, case + end, gpu_flashinfer.kernels(case, kind))
+                settings = gpu_flashinfer.kernels(case, kind, self.without)
+                if settings:
+                    self._fastest(decode, kind, case + end, settings)
+                else:
+                    self.rows.append({"kind": kind, "case": case + end, **shape.values(), "missing": "left out"})
             del decode
             free(self.device)
 
@@ -222,7 +227,7 @@ class Run:
 
     def _flashinfer_prefill(self, shape: Shape) -> Row:
         row: Row = {"kind": "prefill_fp16", "case": "flashinfer", **shape.values()}
-        why = gpu_flashinfer.missing(self.device)
+        why = "left out" if "prefill" in self.without else gpu_flashinfer.missing(self.device)
         if why:
             self.rows.append(row | {"missing": why})
             return self.rows[-1]
@@ -269,6 +274,8 @@ class Run:
             self.notes.append("FlashInfer and Triton are not timed in a grid")
         elif version_of("triton") == "missing":
             self.notes.append("Triton is not installed: no row of it")
+        if self.without:
+            self.notes.append(f"left out of FlashInfer: {', '.join(self.without)}")
         self.notes += failures(self.rows)
         sheets = [attention_sheet(self.rows), prefill_sheet(self.rows), encode_sheet(self.rows)]
         sheets += [grid_sheet(self.rows)] if grid else []
@@ -333,6 +340,9 @@ def main(
     heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
     tokens: Annotated[int, typer.Option(help="Queries of a sequence; baselines see all keys with each.")] = 1,
     old: Annotated[bool, typer.Option("--old", help="Time the plain kernels too.")] = False,
+    without: Annotated[
+        str, typer.Option("--flashinfer-without", help=f"Of FlashInfer, leave out: {', '.join(gpu_flashinfer.PARTS)}.")
+    ] = "",
     check: Annotated[bool, typer.Option(help="Compare with float32 attention over the same bytes.")] = True,
     budget: Annotated[float, typer.Option(help="Seconds; what is left then is listed.")] = 540.0,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the program out.")] = "cuda",
@@ -343,7 +353,11 @@ def main(
         os.environ[LIBRARY_DIR_VARIABLE] = str(library)
     on = torch.device(device, 0) if device == "cuda" else torch.device(device)
     names = schemes.split() if schemes else None
+    left_out = without.split(",") if without else []
+    if unknown := set(left_out) - set(gpu_flashinfer.PARTS):
+        raise typer.BadParameter(f"FlashInfer has no {', '.join(sorted(unknown))}: {', '.join(gpu_flashinfer.PARTS)}")
     run = Run(output, on, budget, commit)
+    run.without = left_out
     run.old, run.rivals = old, not grid
     if quick_run:
         quick(run, names, tail)

@@ -2,7 +2,7 @@
 
 Optional: ``pip install flashinfer-python``. It compiles its kernels at their first use, with nvcc and ninja; that is
 not timed, nor is `plan`, which an engine calls once a step for all layers. It gets its best case: pages that follow
-each other in memory, layout HND, a workspace that all launches share, and of the settings in KERNELS the fastest one
+each other in memory, layout HND, a workspace that all launches share, and of the settings in `kernels` the fastest one
 at each shape, which the tables name. float8 takes scales of 1. No token is appended.
 """
 
@@ -51,15 +51,19 @@ class Setting:
         return f"{self.kernel}, pages of {self.page_size}"
 
 
-def kernels(case: str, kind: str) -> list[Setting]:
-    """Settings to try of a case, "flashinfer" or "flashinfer_xqa", of a kind of DTYPES."""
-    if case == "flashinfer_xqa":  # each page size is a library of its own to compile
-        return [Setting("xqa", PAGES[-1])]
-    names = ["fa2", "fa3", "cuda_cores"] if kind == "fp16" else ["fa2", "cuda_cores"]  # fa3 takes no float16 q over fp8
-    return [Setting(name, page_size) for name in names for page_size in PAGES]
-
-
 CASES = ("flashinfer", "flashinfer_xqa")
+PARTS = ("fa2", "fa3", "cuda_cores", "xqa", "prefill")
+"""What can be left out: kernels of Setting, and prefill."""
+
+
+def kernels(case: str, kind: str, without: Sequence[str] = ()) -> list[Setting]:
+    """Settings to try of one of CASES and a kind of DTYPES; `without`: PARTS to leave out."""
+    if case == "flashinfer_xqa":
+        found = [Setting("xqa", PAGES[-1])]  # each page size is a library of its own to compile
+    else:
+        names = ["fa2", "fa3", "cuda_cores"] if kind == "fp16" else ["fa2", "cuda_cores"]  # fa3: no fp16 q over fp8
+        found = [Setting(name, page_size) for name in names for page_size in PAGES]
+    return [setting for setting in found if setting.kernel not in without]
 
 
 def missing(device: torch.device) -> str | None:

@@ -212,7 +212,25 @@ def test_prefill_is_checked_at_its_first_and_last_query(fake: Any, monkeypatch: 
         gpu_flashinfer.prefill_step(Shape(2, 48, tokens=16), CPU)
 
 
-def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], str]:
+def test_prefill_is_timed_or_told_why_not(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = gpu_attention.Run(tmp_path, CPU, 60.0, "abc")
+
+    def found() -> dict[str, Any]:
+        run.rows.clear()
+        run.prefill(16, 48, [])
+        (row,) = (row for row in run.rows if row["case"] == "flashinfer")
+        return row
+
+    assert found()["missing"] == "needs a GPU"
+    monkeypatch.setattr(gpu_flashinfer, "missing", lambda device: None)
+    assert found()["us"] > 0
+    monkeypatch.setattr(fake, "single_prefill_with_kv_cache", lambda q, k, v, **more: torch.zeros_like(q))
+    assert found()["failed"] == "the output of query 0 is off by 1"
+    run.without = ["prefill"]
+    assert found()["missing"] == "left out"
+
+
+def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> tuple[list[dict[str, Any]], str]:
     """Rows and tables of a small run on the CPU."""
     monkeypatch.setattr(gpu_cases, "BLOCK", 128)
     gpu_cases._coded_block.cache_clear()
@@ -220,7 +238,7 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[
     app.command()(gpu_attention.main)
     arguments = f"--output {tmp_path} --device cpu --contexts 128 --batches 1 --heads 2 --groups 2 --head-dims 64"
     command = typer.main.get_command(app)
-    command.main([*arguments.split(), "--scheme", "hq3", "--commit", "abc"], standalone_mode=False)
+    command.main([*arguments.split(), *more.split(), "--scheme", "hq3", "--commit", "abc"], standalone_mode=False)
     rows = json.loads((tmp_path / "gpu_attention.json").read_text())["rows"]
     return rows, (tmp_path / "gpu_attention.md").read_text()
 
@@ -249,6 +267,17 @@ def test_a_table_names_the_settings(fake: Any, tmp_path: Path, monkeypatch: pyte
     assert f"flashinfer fp16 ({found['flashinfer']['settings']})" in text
     assert "flashinfer_xqa_fp8 (xqa, pages of 64)" in text
     assert "flashinfer, fa3, pages of 16: HqmqError: its output is off by 1" in text
+
+
+def test_kernels_can_be_left_out(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_flashinfer, "missing", lambda device: None)
+    rows, text = measure(tmp_path, monkeypatch, "--flashinfer-without fa2,fa3,xqa")
+    found = {row["case"]: row for row in rows if row["case"].startswith("flashinfer")}
+    assert list(found["flashinfer"]["tried"]) == ["cuda_cores, pages of 16", "cuda_cores, pages of 64"]
+    assert [found[f"flashinfer_xqa{end}"]["missing"] for end in ("", "_fp8")] == ["left out"] * 2
+    assert "left out of FlashInfer: fa2, fa3, xqa" in text
+    with pytest.raises(typer.BadParameter, match="FlashInfer has no fa4"):
+        measure(tmp_path, monkeypatch, "--flashinfer-without fa4")
 
 
 def test_a_case_of_which_no_setting_runs_says_so(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
