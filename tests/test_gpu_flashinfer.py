@@ -154,6 +154,7 @@ def test_an_error_is_one_of_the_checked_sequences(fake: Any) -> None:
 def test_launches_in_turn_read_other_memory(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_flashinfer, "copies_for", lambda nbytes, device: 3)
     decode = Decode(Shape(1, 64, group=1, head_dim=32, heads=1), CPU, torch.float8_e4m3fn)
+    decode.q[:] = decode.q[0].clone()
     for setting in (Setting("fa2", 16), Setting("xqa", 64)):
         steps: Any = decode.steps(setting)
         outputs = {tuple(step().flatten().tolist()) for step in steps}
