@@ -96,7 +96,9 @@ class Run:
                 self.time("fp16", name, shape, steps, bytes=shape.half_bytes)
             del case
             free(self.device)
-            if shape.tokens == 1 and self.rivals:
+            if shape.tokens > 1:
+                self._note("FlashInfer's and Triton's decode are timed with one new token a sequence only")
+            elif self.rivals:
                 self._flashinfer(shape)
                 if self.device.type == "cuda" and version_of("triton") != "missing":
                     self._triton(shape)

@@ -270,6 +270,12 @@ def test_a_table_names_the_settings(fake: Any, tmp_path: Path, monkeypatch: pyte
     assert "flashinfer, fa3, pages of 16: HqmqError: its output is off by 1" in text
 
 
+def test_several_tokens_are_no_decode_of_flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, text = measure(tmp_path, monkeypatch, "--tokens 2")
+    assert {row["case"] for row in rows} == {"torch_cpu", "hq3"}
+    assert "timed with one new token a sequence only" in text
+
+
 def test_kernels_can_be_left_out(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_flashinfer, "missing", lambda device: None)
     rows, text = measure(tmp_path, monkeypatch, "--flashinfer-without fa2,fa3,xqa")
