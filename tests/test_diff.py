@@ -181,6 +181,13 @@ def test_greedy_text_is_equal(model: Any, tiny_export: Export, engine: Path, gpu
         assert "all 40 greedy tokens equal" in str(check)
 
 
+@pytest.mark.parametrize("seed", [1, 3, 4])
+def test_a_code_that_rounding_turns_explains_a_token(model: Any, tiny_export: Export, seed: int) -> None:
+    """Texts after which float32 sums in another order chose another code or scale, and so another token."""
+    check = greedy(model, OrtSession(tiny_export(), 1, CONTEXT), text(2 * PAGE + 5, seed), 40)
+    assert check.passed, str(check)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_greedy_divergence_is_measured(
     model: Any, tiny_export: Export, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

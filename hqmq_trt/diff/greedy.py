@@ -5,7 +5,9 @@ The runtime prefers its token where the reference prefers another; that says not
 two is always below twice the distance of the two sets of logits. What rounding can do is therefore measured without
 the runtime: the reference reads the same tokens in float32, and the largest distance of a logit from its own in the
 model's type, over all steps so far, is `rounding`. Each of the two tokens may move by that much: the bound is twice it.
-A float32 model has no wider type here; it reads the tokens in one piece instead, which sums in another order.
+A float32 model has no wider type here; it reads the tokens in one piece instead, which sums in another order, and with
+weights that are moved at random by a unit in the last place, several times: a code or scale that lies that close to
+a tie may turn, which moves logits by far more than sums do.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from hqmq_trt.diff.comparison import torch_runner
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime.session import Session
+
+
+_MOVES = 8
+"""Float32 models whose weights are moved. A code at a tie turns in every second one."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +154,16 @@ class _Torch:
             return self._rounding(ids, steps)
 
     def _rounding(self, ids: Sequence[int], steps: int) -> float:
-        narrow = self._model.dtype != torch.float32
-        model = copy.deepcopy(self._model).float() if narrow else self._model
+        whole = [np.asarray(ids, np.int64)[None]]
+        if self._model.dtype == torch.float32:
+            moved = (_moved(self._model, seed) for seed in range(_MOVES))
+            return max(self._distance(model, whole, steps) for model in (self._model, *moved))
         prompt = len(ids) - steps + 1
-        pieces = [np.asarray(ids, np.int64)[None]]
-        if narrow:
-            pieces = [*self._pieces(ids[:prompt]), *(np.array([[token]], np.int64) for token in ids[prompt:])]
+        pieces = [*self._pieces(ids[:prompt]), *(np.array([[token]], np.int64) for token in ids[prompt:])]
+        return self._distance(copy.deepcopy(self._model).float(), pieces, steps)
+
+    def _distance(self, model: Any, pieces: Sequence[NDArray[np.int64]], steps: int) -> float:
+        """Largest distance of a logit of `model`, which reads `pieces`, in the last `steps` rows."""
         rows: list[NDArray[np.float32]] = []
         with torch_runner("same", model, self._manifest, self._max_length, balance=False) as runner:
             runner.start()
@@ -164,3 +174,14 @@ class _Torch:
     def _pieces(self, prompt: Sequence[int]) -> list[NDArray[np.int64]]:
         ids = np.asarray(prompt, np.int64)[None]
         return [ids[:, start : start + self._chunk] for start in range(0, ids.shape[1], self._chunk)]
+
+
+def _moved(model: Any, seed: int) -> Any:
+    """A copy of a float32 model whose weights are a rounding error larger or smaller, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            up = torch.randint(0, 2, weight.shape, generator=generator).to(weight.device) * 2 - 1
+            weight.mul_(1 + up * torch.finfo(torch.float32).eps)
+    return model
