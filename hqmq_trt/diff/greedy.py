@@ -27,7 +27,6 @@ from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime.session import Session
 
-
 _MOVES = 8
 """Float32 models whose weights are moved. A code at a tie turns in every second one."""
 
