@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hqmq_trt.errors import HqmqError
@@ -19,6 +20,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _MODALITIES = ("vision_config", "audio_config", "speech_config", "image_config", "video_config", "thinker_config")
 """Parts of a configuration that say that a model sees or hears."""
+
+_WORD_STARTS, _SAMPLED_WORDS = ("▁", "Ġ"), 200
+"""What tokens of words begin with in SentencePiece and byte-level vocabularies."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ def _of_path(source: str, dtype: str | None, gguf_file: str | None) -> Source:
     chosen = DTYPES[dtype] if dtype else (torch.float32 if gguf_file else "auto")
     with reading_once() if gguf_file else reading_apart(chosen):
         model = _model(source, name, chosen, options)
-        return Source(model, _tokenizer(source, name, options), name)
+        tokenizer = _tokenizer(source, name, options)
+    if gguf_file:
+        check_words(tokenizer, name)
+    return Source(model, tokenizer, name)
 
 
 def _model(source: str, name: str, dtype: Any, options: dict[str, Any]) -> Any:
@@ -107,6 +114,36 @@ def _tokenizer(source: str, name: str, options: dict[str, Any]) -> Any:
         if path.is_dir() and not options and not list(path.glob("*token*")):
             return None  # a bare model: it runs on ids
         raise HqmqError(f"{name}: transformers cannot load its tokenizer: {_reason(error)}") from error
+
+
+def check_words(tokenizer: Any, name: str) -> None:
+    """Whether words that the vocabulary holds are one token each, as far as a sample tells.
+
+    transformers builds the merges of a GGUF file's tokenizer itself. 5.17 built those of Gemma wrongly: its texts were
+    cut into twice as many tokens, and any perplexity, text or accuracy that followed was of a damaged model.
+
+    Raises:
+        HqmqError: most of the sample is cut into pieces.
+    """
+    words = sorted(
+        (index, token[1:])
+        for token, index in tokenizer.get_vocab().items()
+        if token[:1] in _WORD_STARTS and len(token) > 4 and token[1:].isascii() and token[1:].isalpha()
+    )
+    sample = words[:: max(1, len(words) // _SAMPLED_WORDS)]
+    # With or without the space, which some tokenizers add themselves; what counts is the last token.
+    cut = [
+        word
+        for index, word in sample
+        if all(tokenizer(text, add_special_tokens=False)["input_ids"][-1:] != [index] for text in (" " + word, word))
+    ]
+    if 2 * len(cut) > len(sample):
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(" " + cut[0], add_special_tokens=False)["input_ids"])
+        raise HqmqError(
+            f"{name}: transformers {transformers.__version__} cuts words of the file's own vocabulary into pieces "
+            f"({len(cut)} of {len(sample)}; '{cut[0]}' into {' '.join(pieces)}), so the model would read nonsense; "
+            "use transformers 5.19 or later, or the Hugging Face folder of the model"
+        )
 
 
 def _reason(error: Exception) -> str:
