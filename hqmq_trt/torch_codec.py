@@ -23,7 +23,11 @@ _SEARCH_FLOATS = 1 << 22
 
 
 class Pages(NamedTuple):
-    """Coded pages [H, N] of one role, by cache tensor; None where the scheme has none. `codes` [H, N, P, W]."""
+    """Coded pages [H, N] of one role, by cache tensor; None where the scheme has none.
+
+    codes: int32 [H, N, P, W]; scales: int32 words [H, N, Z]; mean: fp16 [H, N, D]; outlier_mask: int32 [H, N, U];
+    outlier_value: fp16 [H, N, cap, 4].
+    """
 
     codes: Tensor
     scales: Tensor | None
@@ -159,7 +163,12 @@ def unpack_scales(words: Tensor, role: RoleScheme) -> Tensor:
     """Words int32 [..., Z] to fp16 scales [..., P]."""
     bits = words.long()[..., None] >> torch.arange(0, 32, role.scale_bits, device=words.device)
     bits = (bits & ((1 << role.scale_bits) - 1)).flatten(-2)
-    return (bits << 7 if role.scale_bits == 8 else bits).to(torch.int16).view(torch.float16)
+    return _scale_of_short(bits) if role.scale_bits == 8 else bits.to(torch.int16).view(torch.float16)
+
+
+def _scale_of_short(short: Tensor) -> Tensor:
+    """fp16 numbers of short scales, int64 in 0…255 (hqmq_trt.format)."""
+    return (short << 7).to(torch.int16).view(torch.float16)
 
 
 def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +180,7 @@ def _best_scale(scales: Tensor, projection: Tensor, counted: Tensor, levels: Ten
     best_level = torch.zeros(projection.shape, dtype=torch.long, device=scales.device)
     least = torch.full(scales.shape, math.inf, device=scales.device)
     for short in (nearest, nearest - 1, nearest + 1):
-        scale = (short.clamp(1, LARGEST_SHORT_SCALE) << 7).to(torch.int16).view(torch.float16)
+        scale = _scale_of_short(short.clamp(1, LARGEST_SHORT_SCALE))
         level = torch.bucketize(projection / scale.float(), middle)
         radius = levels[level] * scale.float()
         error = _tree_sum(torch.where(counted, radius * (radius - (projection + projection)), 0.0))[..., None]
