@@ -13,6 +13,7 @@ set(HQMQ_CUDA_SOURCES
     attention_r8_n2.cu
     cuda_api.cu
     decode.cu
+    decode_cut.cu
     encode.cu
     encode_general.cu
     load.cu

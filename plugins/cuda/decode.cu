@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 
 #include "arguments.h"
 #include "decode_cosets.cuh"
@@ -157,46 +156,6 @@ int SharedLimit(const Gpu& gpu) {
   return limit > 0 ? std::min(limit, gpu.shared_limit) : gpu.shared_limit;
 }
 
-struct Cut {
-  int row_blocks, splits;
-  int64_t problems;
-};
-
-// Splits of each of so many problems: enough for all blocks, but as few as that takes, as every one
-// costs as long as a twentieth of a problem of usual length (its warps' states and parts are
-// joined).
-int SplitsFor(int64_t problems) {
-  // A call asks several times, and the next layer for as many again.
-  thread_local int64_t last_problems = 0;
-  thread_local int best = 1;
-  if (problems == last_problems) return best;
-  last_problems = problems;
-  best = 1;
-  double least = 0.0;
-  for (int splits = 1; splits <= kMostSplits; ++splits) {
-    const int64_t of_block = (problems * splits + kDecodeBlocks - 1) / kDecodeBlocks;
-    const double time = static_cast<double>(of_block) * (20.0 / splits + 1.0);
-    if (splits == 1 || time < least) least = time, best = splits;
-  }
-  return best;
-}
-
-// Of the call's shape, but for the capacity. invariant: but for the number of sequences, too; that
-// is also the most parts that a call of so many sequences or fewer can have.
-Cut CutOf(const AttentionJob& job, bool invariant) {
-  const int rows = job.group * job.call.tokens;
-  Cut cut;
-  cut.row_blocks = (rows + kDecodeRows - 1) / kDecodeRows;
-  const int64_t blocks = static_cast<int64_t>(job.call.heads) * cut.row_blocks;
-  cut.problems = blocks * job.call.batch;
-  cut.splits = SplitsFor(invariant ? blocks : cut.problems);
-  return cut;
-}
-
-std::atomic<bool> batch_invariant{std::getenv("HQMQ_BATCH_INVARIANT") != nullptr};
-
-Cut CutOf(const AttentionJob& job) { return CutOf(job, batch_invariant); }
-
 bool Refuse(std::string* why, const char* text) {
   if (why) *why = text;
   return false;
@@ -225,7 +184,7 @@ bool DecodeTakesScheme(const AttentionJob& job, std::string* why) {
   if (job.key.role.sink_tokens != job.value.role.sink_tokens)
     return Refuse(why, "K and V keep different numbers of first tokens exact");
   const Cut cut = CutOf(job);
-  if (cut.problems * cut.splits > 1 << 30) return Refuse(why, "the batch is too large");
+  if (cut.problems > kMostProblems) return Refuse(why, "the batch is too large");
   if (!FindPair(job))
     return Refuse(
         why, job.key.role.outlier_capacity > 0
@@ -285,8 +244,6 @@ bool PlanDecodeMemory(const AttentionJob& job, int shared_limit, hqmq_cuda_decod
 
 void LimitDecodeMemory(int bytes) { memory_limit = bytes; }
 
-void MakeBatchInvariant(bool on) { batch_invariant = on; }
-
 int DecodeCounters(const AttentionJob& job) { return CutOf(job).row_blocks; }
 
 size_t DecodeCounterBytes(const AttentionJob& job) {
@@ -295,26 +252,22 @@ size_t DecodeCounterBytes(const AttentionJob& job) {
 
 namespace {
 
-size_t PartBytes(const AttentionJob& job, const Cut& cut) {
-  return sizeof(float) * cut.problems * PartsOf(cut.splits) *
+size_t PartBytes(const AttentionJob& job, int64_t parts) {
+  return sizeof(float) * parts *
          PartFloats(DecodeColumns(job.group * job.call.tokens), job.key.role.head_dim);
-}
-
-int64_t MostBlocks(const Cut& cut) {
-  return std::min<int64_t>(cut.problems * cut.splits, kMostDecodeBlocks);
 }
 
 }  // namespace
 
 size_t DecodePartBytes(const AttentionJob& job, bool most) {
-  const Cut cut = most ? CutOf(job, true) : CutOf(job);
+  const Room room = RoomOf(job, most);
   const Instance& instance = FindPair(job)->large;
   // Before the GPU is known: for either instance, if there may be two.
   const size_t states =
       instance.shared_states && !kCompactBuilt
           ? 0
-          : sizeof(float) * MostBlocks(cut) * StateFloats(instance.columns, instance.head_dim);
-  return PartBytes(job, cut) + states;
+          : sizeof(float) * room.blocks * StateFloats(instance.columns, instance.head_dim);
+  return PartBytes(job, room.parts) + sizeof(WorkCutOf) * room.problems + states;
 }
 
 Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
@@ -325,12 +278,9 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   const Instance& instance = *choice.instance;
   if (!choice.memory.stages || !instance.run) return {HQMQ_CUDA_FAILED, kTooLittleMemory};
   const Cut cut = CutOf(attention);
-  const auto divider = [](int64_t divisor) { return Divider::Of(static_cast<uint32_t>(divisor)); };
-  DecodeJob job;
+  DecodeJob job = {};
   job.attention = attention;
   job.rows = attention.group * attention.call.tokens;
-  job.row_blocks = cut.row_blocks;
-  job.splits = cut.splits;
   job.page_shift = 0;
   while (kDecodeTile << job.page_shift < attention.key.role.page_size) ++job.page_shift;
   job.page_mask = (1 << job.page_shift) - 1;
@@ -341,20 +291,20 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   job.stages = choice.memory.stages;
   for (int i = 0; i < 2; ++i) job.copies[i] = choice.memory.copies[i];
   job.shared_bytes = static_cast<uint32_t>(choice.memory.bytes);
-  job.items = static_cast<int>(cut.problems * cut.splits);
   const int blocks = static_cast<int>(std::min<int64_t>(MostBlocks(cut), gpu.multiprocessors));
-  job.block_items = job.items / blocks;
-  job.longer_blocks = job.items % blocks;
-  job.by_splits = divider(cut.splits);
-  job.by_batch = divider(attention.call.batch);
-  job.by_row_blocks = divider(cut.row_blocks);
-  job.by_group = divider(attention.group);
-  job.by_shares = divider(4 * cut.splits - 1);
+  SetCut(cut, blocks, &job);
+  job.by_group = Divider::Of(static_cast<uint32_t>(attention.group));
   const float softcap = attention.softcap;
   job.cap = softcap > 0.0f ? softcap * 1.44269504f : 0.0f;
   job.per_cap = softcap > 0.0f ? 2.0f / softcap : 0.0f;
   job.parts = parts;
-  job.states = instance.shared_states ? nullptr : parts + PartBytes(attention, cut) / sizeof(float);
+  // Behind the parts, whose bytes are a multiple of 16.
+  char* at = reinterpret_cast<char*>(parts) + PartBytes(attention, MostParts(cut));
+  if (cut.pieces > 0) {
+    job.cuts = reinterpret_cast<WorkCutOf*>(at);
+    at += sizeof(WorkCutOf) * cut.problems;
+  }
+  job.states = instance.shared_states ? nullptr : reinterpret_cast<float*>(at);
   job.counters = counters;
   return instance.run(job, blocks, gpu, stream);
 }

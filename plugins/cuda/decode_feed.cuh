@@ -71,9 +71,11 @@ struct Cursor {
   __device__ __forceinline__ bool NextItem(const DecodeJob& job, int warp, const Problem& held,
                                            int held_index, Problem* problem) {
     while (++item < end_item) {
-      const int index = job.by_splits(item);
-      *problem = index == held_index ? held : ProblemOf(job, index);
-      const Tiles tiles = TilesOf<kRings>(*problem, item - index * job.splits, warp);
+      const int index = ProblemOfItem(item), split = SplitOfItem(item);
+      *problem = index == held_index ? held : ProblemOf(job, index, held.piece);
+      const Tiles tiles = TilesOf<kRings>(*problem, split, warp);
+      // What comes next is the next problem's.
+      if (split + 1 >= problem->splits) item = ItemOf(index + 1, 0) - 1;
       if (tiles.begin == tiles.end) continue;
       // The shuffles tell the compiler that these are one number for the warp.
       tile = __shfl_sync(kAllLanes, tiles.begin, 0);

@@ -247,22 +247,33 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   const int lane = threadIdx.x % kWarp;
   // The shuffle tells the compiler that it is one number for the warp.
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
-  const Items items = ItemsOf(job, static_cast<int>(blockIdx.x));
-  PrefetchWords(a.key, a.value, job.by_row_blocks(job.by_batch(job.by_splits(items.begin))));
+  const int block = static_cast<int>(blockIdx.x);
+  Share share = {ItemsByCount(job, block), 0};
+  // By work it may be another head's: they come while lengths are read.
+  PrefetchWords(
+      a.key, a.value,
+      job.by_row_blocks(job.by_batch(min(ProblemOfItem(share.items.begin), job.problems - 1))));
+  if (job.pieces > 0) share = ShareOf(job, share.items, &shared->share, block, warp, lane);
+  const Items items = share.items;
   // Pages that fill in this call are seen by later tokens of the call only.
   if (a.call.tokens > 1) ptx::GridWait();
+  if (items.begin >= items.end) {  // there are fewer items than blocks, or pieces than lengths make
+    if (threadIdx.x == 0) ptx::GridWait();  // as at the end
+    return;
+  }
 
   const uint32_t ring = arena.Ring(warp);
   uint32_t stage = ring, parity = 0;
   Feed<Key, Value, D, kRings> feed;
   NewRows<D> fresh;
-  Problem next = ProblemOf(job, job.by_splits(items.begin));
+  Problem next = ProblemOf(job, ProblemOfItem(items.begin), share.piece);
   fresh.Load(job, next, warp, lane);
   if (threadIdx.x == 0) {
     ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeThreads);
     ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeThreads);
+    shared->piece = share.piece;
   }
-  feed.Start(job, next, job.by_splits(items.begin), items, ring, warp, lane);
+  feed.Start(job, next, ProblemOfItem(items.begin), items, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
   const uint32_t tables[2] = {arena.Table(0), arena.Table(1)};
@@ -281,13 +292,13 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   Pending pending;
   // Problems. (What stands after each tells the compiler that it is not needed any more.)
   for (int item = items.begin; item < items.end; next = Problem{}, fresh = NewRows<D>{}) {
-    const int index = job.by_splits(item), first_split = item - index * job.splits;
+    const int index = ProblemOfItem(item), first_split = SplitOfItem(item);
     if (item != items.begin) {
       __syncthreads();
-      next = ProblemOf(job, index);
+      next = ProblemOf(job, index, shared->piece);
       fresh.Load(job, next, warp, lane);
     }
-    const int end_split = min(job.splits, first_split + items.end - item);
+    const int end_split = min(1 << kItemBits, first_split + items.end - item);
     item += end_split - first_split;
     if (next.rows == 0) {
       if (first_split == 0) StoreEmptyRows<D, kColumns>(job, next, 0, warp, lane);
@@ -322,7 +333,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       }
       for (int tile = tiles.begin;;) {
         if (pending.split >= 0 && 2 * tile >= tiles.begin + tiles.end)
-          JoinStates<D, kColumns>(job, p, index, &pending, states, shared, warp, lane);
+          JoinStates<D, kColumns>(job, p, &pending, states, shared, warp, lane);
         if (tile == tiles.end) break;
         feed.Wait(job, stage, parity);
         const auto fill = [&] { feed.Fill(job, p, index, warp, lane); };
@@ -370,7 +381,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       pending.split = split;
     }
     if (AreLastParts<D>(job, p, index, splits, shared))
-      JoinParts<D, kColumns>(job, p, index, shared, warp, lane);
+      JoinParts<D, kColumns>(job, p, shared, warp, lane);
   }
   // Whoever waits for this kernel must find the one before it complete, too.
   if (threadIdx.x == 0) ptx::GridWait();

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "decode_feed.cuh"
+#include "decode_share.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -13,17 +14,21 @@ constexpr uint32_t kLevelBytes = 256;
 
 template <int D>
 struct DecodeShared {
-  uint4 levels[2][kLevelBytes / 16];         // of K, V, as their codecs want them
-  uint16_t query[2][kDecodeRows][D];         // as they are; rotated, at PlaceOf
-  uint4 lanes[D > 128 ? D / 32 : 1][kWarp];  // of SharedQuery
-  uint16_t fresh[2][kMostDecodeTokens][D];   // new tokens of K, V
-  float factor[2][kDecodeRows];              // what query was divided by, powers of two
+  uint4 levels[2][kLevelBytes / 16];  // of K, V, as their codecs want them
+  uint16_t query[2][kDecodeRows][D];  // as they are; rotated, at PlaceOf
+  union {
+    uint4 lanes[D > 128 ? D / 32 : 1][kWarp];  // of SharedQuery
+    ShareScratch share;                        // before the first problem is loaded
+  };
+  uint16_t fresh[2][kMostDecodeTokens][D];  // new tokens of K, V
+  float factor[2][kDecodeRows];             // what query was divided by, powers of two
   float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];  // of StoreState
   float weight[kDecodeRows][kMostParts];
   Problem problem;
   uint64_t stored, joined;  // barriers of StoreState and JoinStates
   float4 turn;              // of V's words from K's, if `turned`
   int32_t flag, bad_values, turned;
+  int32_t piece;  // as in Problem
 };
 
 // The codecs' tables: V's may be K's.

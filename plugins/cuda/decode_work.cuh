@@ -1,4 +1,4 @@
-// Which keys an item of the decode kernel takes: a function of the sequence's own length.
+// Which keys an item of the decode kernel takes, by count or by work (decode_cut.h).
 #pragma once
 
 #include "decode_job.h"
@@ -13,9 +13,12 @@ struct Problem {
   Span span;
   int first_time, last_time;  // positions of the first and last of these rows
   int tile, tiles;            // coded tiles that some row sees
-  int per_split;              // tiles of a split; one with the exact tokens takes 3/4 as many
+  int piece;                  // tiles of a piece, 0: the call is cut by count
+  int per_split;              // tiles of a split; by count, one with exact tokens takes 3/4 as many
+  int skip;                   // tiles that the first one has less
   int splits;                 // that have something to do
-  int own;  // number of the part with the exact tokens: the last split's or one more
+  int own;   // number of the part with the exact tokens: the last split's or one more
+  int part;  // in the workspace: the first one
 };
 
 // Position of row `row` of the call (rows are ordered by token, then head).
@@ -35,8 +38,8 @@ __device__ __forceinline__ int FewOf(int x, int y) {
   return n + (n * y < x);
 }
 
-// Problem number `index` = (h * row_blocks + row block) * batch + b.
-__device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index) {
+// Problem number `index` = (h * row_blocks + row block) * batch + b, but for how it is cut.
+__device__ __forceinline__ Problem KeysOf(const DecodeJob& job, int index) {
   const AttentionJob& a = job.attention;
   const int page_size = a.key.role.page_size;
   Problem p;
@@ -53,17 +56,45 @@ __device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index) {
   const int begin = OldestKey(p.first_time, a.window) / kDecodeTile;
   p.tile = begin < end ? begin : end;
   p.tiles = p.rows > 0 ? end - p.tile : 0;
+  return p;
+}
+
+// Splits by count of a problem of so many tiles.
+struct CountSplits {
+  int per_split;
+  bool apart;  // the exact tokens have a part of their own
+};
+__device__ __forceinline__ CountSplits SplitsByCount(const DecodeJob& job, int tiles) {
   // The exact tokens take a quarter of the last split's warps, or, where all of its warps have
   // enough to do without them, a part of their own: to join one takes as long as 100 tiles.
-  const bool apart = p.tiles > 96 * job.splits * job.splits;
-  const int quarters = 4 * p.tiles, shares = 4 * job.splits - (apart ? 0 : 1);
+  const bool apart = tiles > kApartTiles * job.splits * job.splits;
+  const int quarters = 4 * tiles, shares = 4 * job.splits - (apart ? 0 : 1);
   const int share =
-      apart ? job.by_splits(p.tiles + job.splits - 1) : job.by_shares(quarters + shares - 1);
+      apart ? job.by_splits(tiles + job.splits - 1) : job.by_shares(quarters + shares - 1);
   // As many for each warp: a single one more takes them all as long.
-  p.per_split = max((share + kDecodeWarps - 1) & -kDecodeWarps, kDecodeWarps);
+  return {max((share + kDecodeWarps - 1) & -kDecodeWarps, kDecodeWarps), apart};
+}
+
+// Problem number `index`. piece: as in Problem.
+__device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index, int piece) {
+  Problem p = KeysOf(job, index);
+  p.piece = piece;
+  if (piece > 0) {
+    const WorkCutOf of = job.cuts[index];
+    p.per_split = piece;
+    p.skip = of.skip;
+    p.splits = of.splits;
+    p.own = of.own;
+    p.part = of.part;
+    return p;
+  }
+  const CountSplits of = SplitsByCount(job, p.tiles);
+  p.per_split = of.per_split;
+  p.skip = 0;
   p.splits = 0;
-  if (p.rows > 0) p.splits = FewOf(quarters + (apart ? 0 : p.per_split), 4 * p.per_split);
-  p.own = p.splits - !apart;
+  if (p.rows > 0) p.splits = FewOf(4 * p.tiles + (of.apart ? 0 : p.per_split), 4 * p.per_split);
+  p.own = p.splits - !of.apart;
+  p.part = index * PartsOf(job.splits);
   return p;
 }
 
@@ -90,8 +121,11 @@ struct Tiles {
 // splits.
 template <int kRings>
 __device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) {
-  const int offset = split * p.per_split, rest = p.tiles - offset;
-  const int count = rest < 0 ? 0 : rest < p.per_split ? rest : p.per_split;
+  const int border = split * p.per_split - p.skip;
+  const int offset = min(max(border, 0), p.tiles);
+  // By work the last one may have a round more than others.
+  const int to = split + 1 < p.splits ? min(border + p.per_split, p.tiles) : p.tiles;
+  const int count = to - offset;
   constexpr int kOthers = kDecodeWarps - kOwnWarps,
                 kLastRings = kRings < kOthers ? kRings : kOthers;
   const bool last = split == p.own;
@@ -101,15 +135,15 @@ __device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) 
   return {begin + warp * count / kRings, begin + (warp + 1) * count / kRings};
 }
 
-// Items of a block.
+// Items of a block: those with the numbers [begin, end) that are some (decode_cut.h).
 struct Items {
   int begin, end;
 };
-__device__ __forceinline__ Items ItemsOf(const DecodeJob& job, int block) {
-  const int more = block < job.longer_blocks ? block : job.longer_blocks;
-  const int begin = block * job.block_items + more;
-  return {begin, begin + job.block_items + (block < job.longer_blocks)};
+__device__ __forceinline__ int ItemOf(int problem, int split) {
+  return problem << kItemBits | split;
 }
+__device__ __forceinline__ int ProblemOfItem(int item) { return item >> kItemBits; }
+__device__ __forceinline__ int SplitOfItem(int item) { return item & ((1 << kItemBits) - 1); }
 
 }  // namespace cuda
 }  // namespace hqmq
