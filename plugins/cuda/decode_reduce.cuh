@@ -59,9 +59,8 @@ __device__ __forceinline__ void JoinStates(const DecodeJob& job, const Problem& 
   const bool last = pending->split == p.own;
   const int q = lane >> 3, x = lane & 7;
   const bool own = last && q == 3;
-  float* const part =
-      job.parts + static_cast<int64_t>(p.part + (own ? OwnPart(p.splits) : pending->split)) *
-                      PartFloats(kColumns, D);
+  float* const parts = job.parts + static_cast<int64_t>(p.part) * PartFloats(kColumns, D);
+  float* const part = parts + (own ? OwnPart(p.splits) : pending->split) * PartFloats(kColumns, D);
   ptx::BarrierWait(ptx::SharedAddress(&shared->stored), pending->parity);
 
   const auto maximum_of = [&](float of) {
