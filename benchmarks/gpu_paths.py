@@ -17,6 +17,8 @@ from hqmq_trt.scheme import ROLES, Scheme
 
 PLAIN, DECODE, PREFILL = 0, 1, 2
 """enum hqmq_cuda_path of plugins/cuda/hqmq_cuda.h."""
+NEVER, WHERE_FASTER, ALWAYS = 0, 1, 2
+"""When the fused decode kernel cuts by work (hqmq_cuda_cut_by_work)."""
 SHARED_MEMORY = {"99 KB": 101376, "163 KB": 166912, "227 KB": 232448}
 """Bytes that a block may have: of sm_86, 89 and 120; of sm_80 and 87; of sm_90 and 100."""
 
@@ -50,6 +52,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "hqmq_cuda_use_plain_attention": (None, [c_int32]),
     "hqmq_cuda_limit_shared_memory": (None, [c_int32]),
+    "hqmq_cuda_cut_by_work": (None, [c_int32]),
     "hqmq_cuda_decode_plan": (
         c_int,
         [POINTER(AttentionParams), *_ROLES, c_int32, POINTER(DecodeMemory), POINTER(c_char_p)],
@@ -123,8 +126,19 @@ def decode_plan(
 
 
 @contextmanager
+def cut_by_work(when: int) -> Iterator[None]:
+    """While inside, the fused decode kernel cuts calls of several sequences by the work that their lengths make NEVER,
+    WHERE_FASTER or ALWAYS, else each sequence into as many parts; WHERE_FASTER afterwards."""
+    _function("hqmq_cuda_cut_by_work")(when)
+    try:
+        yield
+    finally:
+        _function("hqmq_cuda_cut_by_work")(WHERE_FASTER)
+
+
+@contextmanager
 def batch_invariant() -> Iterator[None]:
-    """While inside, the number of sequences in a call changes no bit of theirs."""
+    """While inside, neither the number nor the lengths of the sequences in a call change a bit of others."""
     cuda.batch_invariant(True)
     try:
         yield

@@ -119,10 +119,11 @@ def status(device: torch.device | str = "cuda") -> Status:
 
 
 def batch_invariant(on: bool) -> None:
-    """Whether the fused decode kernel gives a sequence the same bits whatever the number of sequences in the call.
+    """Whether the fused decode kernel gives a sequence the same bits whatever the other sequences in the call.
 
-    At first it does not, unless the environment has HQMQ_BATCH_INVARIANT: the number then decides into how many parts
-    each sequence is cut, which makes batches faster. Of the whole process.
+    At first it does not, unless the environment has HQMQ_BATCH_INVARIANT: their number and lengths then decide into
+    how many parts each sequence is cut, which makes batches faster, most of all where lengths differ. Of the whole
+    process.
     """
     library().hqmq_cuda_batch_invariant(int(on))
 

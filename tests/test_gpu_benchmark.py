@@ -10,9 +10,10 @@ import pytest
 import torch
 import typer
 
-from benchmarks import gpu_attention, gpu_cases, gpu_encode, gpu_targets
+from benchmarks import gpu_attention, gpu_cases, gpu_encode, gpu_ragged, gpu_targets
 from benchmarks.gpu_cases import Ours, Shape, build_cache
 from hqmq_trt.scheme import Scheme
+from tests.emulated_cuda import EmulatedGpu
 
 CPU = torch.device("cpu")
 
@@ -128,3 +129,10 @@ def test_targets_follow_from_rows() -> None:
 def test_growth_is_told() -> None:
     rows = [row(batch=1, context=context, us=us) for context, us in ((1024, 1.0), (2048, 2.0), (4096, 8.0))]
     assert gpu_targets.growth(rows)[0]["growth"] == pytest.approx(3.0)
+
+
+def test_ragged_batches_are_timed_and_compared(emulated: EmulatedGpu) -> None:
+    *times, error = gpu_ragged.measure([40, 300, 130], "hq4", CPU, heads=1)
+    assert len(times) == 4
+    assert all(float(time) > 0 for time in times)
+    assert float(error) < 1e-3

@@ -328,6 +328,10 @@ void hqmq_cuda_limit_shared_memory(int32_t bytes) { LimitDecodeMemory(bytes); }
 
 void hqmq_cuda_batch_invariant(int32_t on) { MakeBatchInvariant(on != 0); }
 
+void hqmq_cuda_cut_by_work(int32_t when) {
+  CutByWork(when == 0 ? WorkCut::kNever : when == 1 ? WorkCut::kWhereFaster : WorkCut::kAlways);
+}
+
 void hqmq_cuda_use_plain_attention(int32_t on) { plain_only = on == 1, AllowSm90Prefill(on != 2); }
 
 int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,

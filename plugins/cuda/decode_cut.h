@@ -46,8 +46,8 @@ constexpr int kPartRounds = 2;
 constexpr int kApartTiles = 96;
 constexpr int kLeastPiece = 8;
 constexpr int kMostBeyond = kPartRounds + 3;
-// Before a block has found its piece.
-constexpr int kSearchRounds = 1;
+// What by work costs beside: a block looks for its piece, and its problems begin amid others.
+constexpr int kSearchRounds = 2;
 // No longer line is cut: 2^32 tokens of all heads. Its numbers are exact in 32 bits.
 constexpr int kMostLine = 1 << 24;
 

@@ -253,7 +253,8 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   PrefetchWords(
       a.key, a.value,
       job.by_row_blocks(job.by_batch(min(ProblemOfItem(share.items.begin), job.problems - 1))));
-  if (job.pieces > 0) share = ShareOf(job, share.items, &shared->share, block, warp, lane);
+  if (job.pieces > 0)
+    share = ShareOf<kDecodeWarps>(job, share.items, &shared->share, block, warp, lane);
   const Items items = share.items;
   // Pages that fill in this call are seen by later tokens of the call only.
   if (a.call.tokens > 1) ptx::GridWait();

@@ -48,7 +48,8 @@ __device__ __forceinline__ int LargestOfWarp(int x) {
   return static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<uint32_t>(x)));
 }
 
-// All threads. Synchronises them only if there are more problems than a warp can look at at once.
+// All threads, of kWarps warps. Synchronises them only if a warp cannot look at all at once.
+template <int kWarps>
 __device__ __forceinline__ HeadLine HeadLineOf(const DecodeJob& job, ShareScratch* scratch,
                                                int warp, int lane) {
   const int count = job.row_blocks * job.attention.call.batch;
@@ -56,7 +57,7 @@ __device__ __forceinline__ HeadLine HeadLineOf(const DecodeJob& job, ShareScratc
   HeadLine line = {0, 0};
 #pragma unroll 1
   for (int index = few ? lane : static_cast<int>(threadIdx.x); index < count;
-       index += kDecodeThreads) {
+       index += kWarps * kWarp) {
     const Problem p = KeysOf(job, index);
     line.rounds = min(line.rounds + LineOf(p), kMostLine);
     line.tiles = max(line.tiles, p.tiles);
@@ -68,7 +69,7 @@ __device__ __forceinline__ HeadLine HeadLineOf(const DecodeJob& job, ShareScratc
     scratch->tiles[warp] = line.tiles;
   }
   __syncthreads();
-  const bool has = lane < kDecodeWarps;
+  const bool has = lane < kWarps;
   return {min(__reduce_add_sync(kAllLanes, has ? scratch->rounds[lane] : 0), kMostLine),
           LargestOfWarp(has ? scratch->tiles[lane] : 0)};
 }
@@ -95,20 +96,22 @@ __device__ __forceinline__ int SumUpTo(int x, int lane) {
 }
 
 // Sum over the threads before this one; *all: over all of them. All threads.
+template <int kWarps>
 __device__ __forceinline__ int SumBefore(int x, ShareScratch* scratch, int warp, int lane,
                                          int* all) {
   const int up_to = SumUpTo(x, lane);
   __syncthreads();  // those of the call before are read
   if (lane == kWarp - 1) scratch->sums[warp] = up_to;
   __syncthreads();
-  const int of_warps = SumUpTo(lane < kDecodeWarps ? scratch->sums[lane] : 0, lane);
-  *all = __shfl_sync(kAllLanes, of_warps, kDecodeWarps - 1);
+  const int of_warps = SumUpTo(lane < kWarps ? scratch->sums[lane] : 0, lane);
+  *all = __shfl_sync(kAllLanes, of_warps, kWarps - 1);
   const int before = __shfl_sync(kAllLanes, of_warps, max(warp - 1, 0));
   return (warp > 0 ? before : 0) + up_to - x;
 }
 
 // Items of the block of a call that is cut by work into pieces of so many rounds, and how their
 // problems are cut, into job.cuts. All threads, which are synchronised.
+template <int kWarps>
 __device__ __forceinline__ Items ItemsByWork(const DecodeJob& job, const HeadLine& of_head,
                                              int piece, ShareScratch* scratch, int block, int warp,
                                              int lane) {
@@ -123,7 +126,7 @@ __device__ __forceinline__ Items ItemsByWork(const DecodeJob& job, const HeadLin
   }
   if (threadIdx.x == 0) scratch->items = {ItemOf(job.problems, 0), ItemOf(job.problems, 0)};
 #pragma unroll 1
-  for (int base = 0, line = 0; base < count; base += kDecodeThreads) {
+  for (int base = 0, line = 0; base < count; base += kWarps * kWarp) {
     const int index = base + static_cast<int>(threadIdx.x);
     int length = 0, all;
     Problem p = {};
@@ -131,7 +134,7 @@ __device__ __forceinline__ Items ItemsByWork(const DecodeJob& job, const HeadLin
       p = KeysOf(job, index);
       length = LineOf(p);
     }
-    const int begin = line + SumBefore(length, scratch, warp, lane, &all);
+    const int begin = line + SumBefore<kWarps>(length, scratch, warp, lane, &all);
     line += all;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -160,7 +163,7 @@ __device__ __forceinline__ Items ItemsByWork(const DecodeJob& job, const HeadLin
   const int end = items.begin < items.end ? ProblemOfItem(items.end - 1) + 1 : 0;
 #pragma unroll 1
   for (int base = ProblemOfItem(items.begin), line = scratch->line; base < end;
-       base += kDecodeThreads) {
+       base += kWarps * kWarp) {
     const int index = base + static_cast<int>(threadIdx.x);
     int length = 0, all;
     Problem p = {};
@@ -168,7 +171,7 @@ __device__ __forceinline__ Items ItemsByWork(const DecodeJob& job, const HeadLin
       p = KeysOf(job, index);
       length = LineOf(p);
     }
-    const int begin = line + SumBefore(length, scratch, warp, lane, &all);
+    const int begin = line + SumBefore<kWarps>(length, scratch, warp, lane, &all);
     line += all;
     if (index >= end) continue;
     const WorkSplits of = SplitsByWork(begin, p.rows == 0, RoundsOf(p.tiles), piece);
@@ -189,12 +192,13 @@ struct Share {
 
 // The block's share of a call that may be cut by work; by_count: its items where it is not. All
 // threads.
+template <int kWarps>
 __device__ __forceinline__ Share ShareOf(const DecodeJob& job, const Items& by_count,
                                          ShareScratch* scratch, int block, int warp, int lane) {
-  const HeadLine line = HeadLineOf(job, scratch, warp, lane);
+  const HeadLine line = HeadLineOf<kWarps>(job, scratch, warp, lane);
   const int piece = PieceOf(job, line);
   if (piece == 0) return {by_count, 0};
-  return {ItemsByWork(job, line, piece, scratch, block, warp, lane), piece * kRoundTiles};
+  return {ItemsByWork<kWarps>(job, line, piece, scratch, block, warp, lane), piece * kRoundTiles};
 }
 
 }  // namespace cuda

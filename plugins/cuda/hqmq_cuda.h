@@ -5,7 +5,8 @@
  * status, workspace) are device memory; structs are host memory and are read before the call
  * returns. Calls enqueue kernels on `stream` (a cudaStream_t) and never wait: lengths are read by
  * the kernels, so that a captured CUDA graph serves changing lengths. Results are the same bytes on
- * every run and do not depend on what shares a batch. head_dim: a multiple of 4 up to 256.
+ * every run and do not depend on what shares a batch, but for how attention cuts it
+ * (hqmq_cuda_batch_invariant, hqmq_cuda_cut_by_work). head_dim: a multiple of 4 up to 256.
  *
  * Page tables: the functions that end in _paged read and write pages of a pool (hqmq_cuda_pages).
  *
@@ -144,12 +145,21 @@ HQMQ_API int hqmq_cuda_decode_plan(const hqmq_attention_params* params, const hq
  * block, as on a GPU with so much; 0: as much as there is. y has the same bits. */
 HQMQ_API void hqmq_cuda_limit_shared_memory(int32_t bytes);
 
-/* 1: the fused decode kernel of this process gives a sequence the same bits of y whatever the
- * number of sequences in the call, which takes up to half as long again in batches. 0: the number
- * decides into how many parts they are cut, but nothing else of the others does. At first 0, and 1
- * where the environment has HQMQ_BATCH_INVARIANT. Workspaces of hqmq_cuda_attention_workspace are
- * those of the setting, the limits serve both. */
+/* 1: the fused decode kernel of this process gives a sequence the same bits of y whatever the other
+ * sequences of the call, which takes up to half as long again in batches, and as long as the
+ * longest one where lengths differ. 0: their number, and where the call is cut by work
+ * (hqmq_cuda_cut_by_work) their lengths in their order, decide into which parts each is cut, but
+ * nothing else of the others does. At first 0, and 1 where the environment has
+ * HQMQ_BATCH_INVARIANT. Workspaces of hqmq_cuda_attention_workspace are those of the setting, the
+ * limits serve both. */
 HQMQ_API void hqmq_cuda_batch_invariant(int32_t on);
+
+/* How the fused decode kernel of this process cuts calls of several sequences. 1: the GPU decides
+ * by their lengths, as at first: where they differ much, blocks share the keys of all sequences
+ * evenly. 0: each sequence is cut into as many parts, whatever its length, as where the environment
+ * has HQMQ_CUT_BY_WORK=0. 2, for tests: blocks always share the keys evenly, if batch invariance is
+ * off. The same lengths in the same order always give the same bits. Workspaces serve all. */
+HQMQ_API void hqmq_cuda_cut_by_work(int32_t when);
 
 /* HqmqAttention in place (hqmq_attention). sinks: float [H*group] or null; status may be null. */
 HQMQ_API int hqmq_cuda_attention(const hqmq_attention_params* params, const hqmq_rows* q,

@@ -42,3 +42,10 @@ def batch_invariant() -> Iterator[None]:
     """In a test, the number of sequences changes no bit of theirs."""
     with gpu_paths.batch_invariant():
         yield
+
+
+@pytest.fixture
+def cut_by_count() -> Iterator[None]:
+    """In a test, each sequence of a call is cut into as many parts, whatever the lengths."""
+    with gpu_paths.cut_by_work(gpu_paths.NEVER):
+        yield

@@ -151,8 +151,8 @@ def test_bits_repeat_and_depend_on_no_other_sequence_and_no_capacity(
 
 
 @pytest.mark.parametrize("name", ["hq3", "hq4", MED3])
-def test_of_other_sequences_only_their_number_counts(name: str) -> None:
-    """Among as many, a sequence has the same bits in any place and whatever the others hold."""
+def test_of_other_sequences_only_their_number_counts(name: str, cut_by_count: None) -> None:
+    """Among as many, a sequence has the same bits in any place and whatever the others hold, if cut by count."""
     case = layer(name, 128)
     past, new = held(1)
     q, k, v = case.inputs(1, torch.float16)
