@@ -75,7 +75,7 @@ struct Cursor {
       *problem = index == held_index ? held : ProblemOf(job, index, held.piece);
       const Tiles tiles = TilesOf<kRings>(*problem, split, warp);
       // What comes next is the next problem's.
-      if (split + 1 >= problem->splits) item = ItemOf(index + 1, 0) - 1;
+      if (split + 1 >= problem->splits) item |= (1 << kItemBits) - 1;
       if (tiles.begin == tiles.end) continue;
       // The shuffles tell the compiler that these are one number for the warp.
       tile = __shfl_sync(kAllLanes, tiles.begin, 0);
