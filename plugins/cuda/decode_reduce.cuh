@@ -60,7 +60,7 @@ __device__ __forceinline__ void JoinStates(const DecodeJob& job, const Problem& 
   const int q = lane >> 3, x = lane & 7;
   const bool own = last && q == 3;
   float* const parts = job.parts + static_cast<int64_t>(p.part) * PartFloats(kColumns, D);
-  float* const part = parts + (own ? OwnPart(p.splits) : pending->split) * PartFloats(kColumns, D);
+  float* const part = parts + (pending->split + own) * PartFloats(kColumns, D);
   ptx::BarrierWait(ptx::SharedAddress(&shared->stored), pending->parity);
 
   const auto maximum_of = [&](float of) {
@@ -213,9 +213,8 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
   constexpr int kFloats = PartFloats(kColumns, D);
   constexpr int kChunks = (D / 4 + kWarp - 1) / kWarp;  // of a lane
   constexpr int kBatch = 16 / kChunks;                  // parts whose loads are under way at once
-  const int own_part = OwnPart(p.splits);
   const float* const parts = job.parts + static_cast<int64_t>(p.part) * kFloats;
-  const int coded = p.own + 1, count = coded + 1;  // the last one lies at own_part
+  const int coded = p.own + 1, count = coded + 1;  // the last one: of the exact tokens
   const int row = p.row + warp, token = job.by_group(row);
   const int head = p.h * a.group + row - token * a.group;
   const bool active = D >= 4 * kWarp || 4 * lane < D;
@@ -226,15 +225,14 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
 #pragma unroll
   for (int i = 0; i < kOfLane; ++i) {
     const int n = lane + i * kWarp;
-    const float* state =
-        parts + static_cast<int64_t>(n < coded ? n : own_part) * kFloats + kColumns * D + warp;
+    const float* state = parts + n * kFloats + kColumns * D + warp;
     of[i] = n < count ? ptx::LoadGlobal32(state) : kNoScore;
     sums[i] = n < count ? ptx::LoadGlobal32(state + kDecodeRows) : 0.0f;
   }
   float4 batch[kBatch][kChunks], own[kChunks], x[kChunks];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    own[c] = ptx::LoadGlobal128(from + static_cast<int64_t>(own_part) * kFloats + c * 4 * kWarp);
+    own[c] = ptx::LoadGlobal128(from + static_cast<int64_t>(coded) * kFloats + c * 4 * kWarp);
     x[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
 #pragma unroll
