@@ -98,10 +98,9 @@ __host__ __device__ constexpr int PartFloats(int columns, int head_dim) {
   return columns * head_dim + 2 * kDecodeRows;
 }
 
-// Parts of a problem: of each split; one more, whose outputs are empty, if the exact tokens do not
-// go with the last split; and that of the exact tokens.
+// Parts of a problem at most: of each split; one more, whose outputs are empty, if the exact tokens
+// do not go with the last split; and behind them that of the exact tokens.
 __host__ __device__ constexpr int PartsOf(int splits) { return splits + 2; }
-__host__ __device__ constexpr int OwnPart(int splits) { return splits + 1; }
 constexpr int kMostParts = PartsOf(kMostSplits);
 // By work those of a problem begin with this one. piece: that has its first split. Two problems may
 // share a piece, so that the next one begins behind PartsOf(splits) of this one.

@@ -299,8 +299,8 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       next = ProblemOf(job, index, shared->piece);
       fresh.Load(job, next, warp, lane);
     }
-    const int end_split = min(kMostSplits, first_split + items.end - item);
-    item = min(items.end, ItemOf(index + 1, 0));
+    const int end_split = first_split + items.end - item;
+    item = ItemOf(index + 1, 0);
     if (next.rows == 0) {
       if (first_split == 0) StoreEmptyRows<D, kColumns>(job, next, 0, warp, lane);
       continue;
