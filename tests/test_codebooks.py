@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,23 @@ def test_codebooks_of_this_format_have_not_changed() -> None:
 
 
 def test_ten_bit_codes_fill_five_words_at_head_dim_64() -> None:
-    for name, index_bits in (("hq:s10_r2", 7), ("hq:s5_r3", 6)):
+    for name, index_bits in (("hq2.5", 7), ("hq:s5_r3", 6)):
         role = Scheme.parse(name).value
         assert (role.index_bits, role.code_bits, words_per_token(role, 64)) == (index_bits, 10, 5)
         assert stored_bits(role, 64, 64) == 2.5 + 0.125
+
+
+@pytest.mark.parametrize("key", ["hq3", "hq3.5"])
+def test_hq25_is_a_name_of_its_parts(key: str) -> None:
+    """As hq3 is one of hq:s21_r3: all but the name agrees, so that the bytes do (tests/golden)."""
+    preset, parts = Scheme.parse(f"k={key},v=hq2.5"), Scheme.parse(f"k={key},v=hq:s10_r2")
+    assert (preset.name, parts.name) == (f"k={key},v=hq2.5", f"k={key},v=hq:s10_r2")
+    assert Scheme.parse(preset.name) == preset
+    assert replace(preset, value=replace(preset.value, name=parts.value.name)) == parts
+    both, spelled = Scheme.parse("hq2.5"), Scheme.parse("hq:s10_r2")
+    assert replace(both.key, name=spelled.key.name) == spelled.key
+    assert both.key.page_mean
+    assert not both.value.page_mean
 
 
 def test_search_extends_a_file_and_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
