@@ -48,9 +48,9 @@ struct Codec10 {
             first & 2 ? kUpperPairs : kLowerPairs};
   }
 
-  // Token of half a tile whose scores are row `row`. At head_dim 64 eight tokens are 40 words: those
-  // that lanes load at once (rows 0, 2, 4, 6 and then 1, 3, 5, 7) should be neighbours, in different
-  // banks.
+  // Token of half a tile whose scores are row `row`. At head_dim 64 eight tokens are 40 words:
+  // those that lanes load at once (rows 0, 2, 4, 6 and then 1, 3, 5, 7) should be neighbours, in
+  // different banks.
   template <int D>
   static __device__ __forceinline__ int TokenOf(int row) {
     return D == 64 ? row >> 1 | (row & 1) << 2 : row;
