@@ -126,12 +126,12 @@ def test_nan_reaches_those_who_see_it(emulated: EmulatedGpu, name: str) -> None:
 def test_codes_beyond_the_codebook_are_its_last_word(
     emulated: EmulatedGpu, name: str, head_dim: int, last: int, limit: int
 ) -> None:
-    """Of a damaged cache, V's bytes of all bits; 128: bit 0 of the level of a 10-bit code."""
+    """Of a damaged cache, all bytes of V's codes; 128: bit 0 of the level of a 10-bit code."""
     case = attention_of(name)(name, head_dim, 1, 2, past=(200,), capacity=256, dtype=torch.float16)
     inputs = case.inputs(1)
     emulated.use(limit, shared_limit=limit * 1024)
     found = []
-    for byte in (255, last, 0):
+    for byte in (last + 1, last, 0):
         caches = case.clone()
         caches[1][0].view(torch.uint8)[..., : head_dim // 4] = byte
         found.append(bits(attend(case, inputs, (1,), caches)))
