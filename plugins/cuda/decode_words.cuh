@@ -157,14 +157,16 @@ struct Filling {
   }
 };
 
-// Fills one role's table with the words of head h; store(row, words) stores this thread's part of
-// a row. All threads. Loading and storing are apart, so that loads of both roles are under way
-// together.
+// What a thread needs for its part of a role's table.
 template <class Codec>
 struct LoadedRows {
   float4 q[Filling<Codec>::kRounds];
   float level;  // if the table has words times levels
 };
+
+// Fills one role's table with the words of head h; store(row, words) stores this thread's part of
+// a row. All threads. Loading and storing are apart, so that loads of both roles are under way
+// together.
 template <class Codec>
 __device__ __forceinline__ void LoadRole(const RoleView& view, int h, LoadedRows<Codec>* out) {
   using F = Filling<Codec>;
