@@ -74,14 +74,14 @@ struct Codec10 {
 
   // Levels are in the table.
   struct Levels {};
-  // What a lane keeps of one role: its copy in bytes 1 and 3, byte 2 of the table's address in byte
-  // 0. (Byte 3 of that is 0: a block's shared memory ends before 16 MiB.)
+  // What a lane keeps of one role: its copy in bytes 1 and 3, bytes 2 and 3 of the table's address
+  // in bytes 0 and 2. (Byte 3 is 0 unless the block is in a cluster, whose number of it it is.)
   struct Lane {
     uint32_t row;
   };
   static __device__ __forceinline__ Lane LaneOf(const RoleView&, uint32_t table, uint32_t,
                                                 int lane) {
-    return {table >> 16 | CopyOf<Codec10>(0, true, lane) * 0x01000100u};
+    return {ptx::Permute(table, CopyOf<Codec10>(0, true, lane), 0x4342)};
   }
   static __device__ __forceinline__ Levels LoadLevels(const Lane&) { return {}; }
 
@@ -129,9 +129,9 @@ struct Codec10 {
     for (int i = 0; i < kCount; ++i) {
       // Bytes 1 and 3: bytes 0 of the addresses of both chunks.
       const uint32_t rows = ptx::AndOr(PairsOf(slice, group, i / 2) << 1, 0x80008000u, lane.row);
-      const uint32_t own = i & 1 ? 7 : 5, zero = 0xC;  // copies of bit 7 of a byte below 128
-      const uint2 word = ptx::LoadTable64(
-          ptx::Permute(slice.index[group], rows, zero << 12 | 4u << 8 | i << 4 | own));
+      const uint32_t own = i & 1 ? 7 : 5;
+      const uint2 word =
+          ptx::LoadTable64(ptx::Permute(slice.index[group], rows, 0x6400u | i << 4 | own));
       out[i] = Times(word, radius, i);
     }
   }
