@@ -169,8 +169,19 @@ OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
 
 _PAPER = re.compile(r"paper:s(\d+)_r(\d+)(\+med3)?")
 _OURS = re.compile(r"hq:s(\d+)_r(\d+)(-hadamard)?(-mean)?(-sinks)?(\+med3)?")
+_PLAIN_PARTS = re.compile(r"hq:s(\d+)_r(\d+)(?![\w+-])")
+_ALIKE = re.compile(r"k=([^,@#]+),v=\1(?=[@#]|$)")
 _ROLES = re.compile(r"k=([^,]+),v=([^,]+)")
 _PAGE = re.compile(r"(.*)@p(\d+)")
+
+
+def preset_spelling(name: str) -> str:
+    """A scheme's spelling, or a longer one that holds it, with presets in place of the parts they are made of:
+    ``k=hq3,v=hq:s10_r2@p16`` is ``k=hq3,v=hq2.5@p16``. Schemes that are one by content have one such spelling, which
+    tells whether results were measured with the same one; :attr:`Scheme.name` keeps what was asked for."""
+    presets = {(role.secondaries, role.radius_bits): role.name for _, role in PRESETS.values() if role.packed}
+    named = _PLAIN_PARTS.sub(lambda match: presets.get((int(match[1]), int(match[2])), match[0]), name)
+    return _ALIKE.sub(r"\1", named)
 
 
 @dataclass(frozen=True)
