@@ -36,9 +36,11 @@ from benchmarks.gpu_timing import Step, copies_for, copy_bandwidth, free, graph_
 from benchmarks.machine import log, machine, version_of
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.library_files import LIBRARY_DIR_VARIABLE
-from hqmq_trt.scheme import PRESETS, Scheme
+from hqmq_trt.scheme import Scheme
 
 Row = dict[str, Any]
+SCHEMES = ("hq3", "hq3.5", "hq4", "hq5")
+"""Presets that the fused decode kernel takes for K and V alike."""
 
 
 class Run:
@@ -333,7 +335,7 @@ def main(
         bool, typer.Option("--grid", help="All head_dims, groups, batches, contexts; worst first.")
     ] = False,
     schemes: Annotated[
-        str | None, typer.Option("--scheme", help="Schemes, separated by spaces [default: all presets].")
+        str | None, typer.Option("--scheme", help="Schemes, separated by spaces [default: hq3 hq3.5 hq4 hq5].")
     ] = None,
     contexts: Annotated[str, typer.Option(help="Tokens in the cache.")] = "4096,32768,131072",
     batches: Annotated[str, typer.Option(help="Sequences.")] = "1,16",
@@ -364,7 +366,7 @@ def main(
     if quick_run:
         quick(run, names, tail)
     else:
-        presets = names or [name for name in PRESETS if name != "fp16"]
+        presets = names or list(SCHEMES)
         dims = _numbers(head_dims or ("64,128,256" if grid else "128"))
         group_sizes = _numbers(groups or ("1,2,3,4,6,7,8" if grid else "4"))
         sizes = itertools.product(_numbers(contexts), dims, _numbers(batches), group_sizes)

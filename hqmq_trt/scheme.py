@@ -2,7 +2,7 @@
 
 A scheme is written as
 
-* ``hq3``, ``hq3.5``, ``hq4``, ``hq5``: our presets (see :data:`PRESETS`),
+* ``hq2.5``, ``hq3``, ``hq3.5``, ``hq4``, ``hq5``: our presets (see :data:`PRESETS`); ``hq2.5`` is for V,
 * ``hq:s{S}_r{r}[-hadamard][-mean][-sinks][+med3]``: the parts of a preset in other measures, for finding
   better ones; S one of :data:`OPTIMISED_SECONDARIES`, r in 2…6,
 * ``paper:s{S}_r{r}[+med3]``: arXiv 2605.27646 to the letter, S in 1…1024, r in 1…8,
@@ -149,6 +149,7 @@ def _hq(name: str, secondaries: int, radius_bits: int) -> tuple[RoleScheme, Role
 
 _FP16 = RoleScheme("fp16", storage=Storage.FP16)
 PRESETS: dict[str, tuple[RoleScheme, RoleScheme]] = {
+    "hq2.5": _hq("hq2.5", 10, 2),
     "hq3": _hq("hq3", 21, 3),
     "hq3.5": _hq("hq3.5", 85, 3),
     "hq4": _hq("hq4", 170, 4),
@@ -160,7 +161,7 @@ PRESETS: dict[str, tuple[RoleScheme, RoleScheme]] = {
 OPTIMISED_SECONDARIES = (5, 10, 21, 42, 85, 170, 341, 682)
 """S for which data/codebooks.npz holds optimised secondaries: floor(2^k / 24) fills whole bits.
 
-With 5 (r = 3) and 10 (r = 2) a code has 10 bits, which at head_dim 64 fill 5 words a token; no preset has them.
+With 5 (r = 3) and 10 (r = 2: hq2.5) a code has 10 bits, which at head_dim 64 fill 5 words a token.
 """
 
 OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
@@ -168,8 +169,19 @@ OPTIMISED_RADIUS_BITS = (2, 3, 4, 5, 6)
 
 _PAPER = re.compile(r"paper:s(\d+)_r(\d+)(\+med3)?")
 _OURS = re.compile(r"hq:s(\d+)_r(\d+)(-hadamard)?(-mean)?(-sinks)?(\+med3)?")
+_PLAIN_PARTS = re.compile(r"hq:s(\d+)_r(\d+)(?![\w+-])")
+_ALIKE = re.compile(r"k=([^,@#]+),v=\1(?=[@#]|$)")
 _ROLES = re.compile(r"k=([^,]+),v=([^,]+)")
 _PAGE = re.compile(r"(.*)@p(\d+)")
+
+
+def preset_spelling(name: str) -> str:
+    """A scheme's spelling, or a longer one that holds it, with presets in place of the parts they are made of:
+    ``k=hq3,v=hq:s10_r2@p16`` is ``k=hq3,v=hq2.5@p16``. Schemes that are one by content have one such spelling, which
+    tells whether results were measured with the same one; :attr:`Scheme.name` keeps what was asked for."""
+    presets = {(role.secondaries, role.radius_bits): role.name for _, role in PRESETS.values() if role.packed}
+    named = _PLAIN_PARTS.sub(lambda match: presets.get((int(match[1]), int(match[2])), match[0]), name)
+    return _ALIKE.sub(r"\1", named)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hqmq_trt.scheme import ROLES, Scheme
 from tests.codec_cases import codebook, lengths, oracle_quantize
 
 FOLDER = Path(__file__).parent / "golden"
-SCHEMES = ("hq3", "hq3.5", "hq4", "hq5", "hq:s10_r2", "paper:s96_r4+med3@p32")
+SCHEMES = ("hq2.5", "hq3", "hq3.5", "hq4", "hq5", "paper:s96_r4+med3@p32")
 TOKENS, HEAD_DIM, LAYER = 70, 64, 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from hqmq_trt.codebook_search import (
 from hqmq_trt.codebooks import HALF_PRIMARIES, PRIMARIES, haar, multiply, optimised
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.format import FORMAT_VERSION, stored_bits, words_per_token
-from hqmq_trt.scheme import OPTIMISED_SECONDARIES, Gain, RoleScheme, Scheme
+from hqmq_trt.scheme import OPTIMISED_SECONDARIES, PRESETS, Gain, RoleScheme, Scheme, preset_spelling
 from tests.codec_cases import lengths
 
 GAUSSIAN_MSE = {"hq3": 0.0311, "hq3.5": 0.0146, "hq4": 0.0079}
@@ -94,10 +95,40 @@ def test_codebooks_of_this_format_have_not_changed() -> None:
 
 
 def test_ten_bit_codes_fill_five_words_at_head_dim_64() -> None:
-    for name, index_bits in (("hq:s10_r2", 7), ("hq:s5_r3", 6)):
+    for name, index_bits in (("hq2.5", 7), ("hq:s5_r3", 6)):
         role = Scheme.parse(name).value
         assert (role.index_bits, role.code_bits, words_per_token(role, 64)) == (index_bits, 10, 5)
         assert stored_bits(role, 64, 64) == 2.5 + 0.125
+
+
+@pytest.mark.parametrize("key", ["hq3", "hq3.5"])
+def test_hq25_is_a_name_of_its_parts(key: str) -> None:
+    """As hq3 is one of hq:s21_r3: all but the name agrees, so that the bytes do (tests/golden)."""
+    preset, parts = Scheme.parse(f"k={key},v=hq2.5"), Scheme.parse(f"k={key},v=hq:s10_r2")
+    assert (preset.name, parts.name) == (f"k={key},v=hq2.5", f"k={key},v=hq:s10_r2")
+    assert Scheme.parse(preset.name) == preset
+    assert replace(preset, value=replace(preset.value, name=parts.value.name)) == parts
+    both, spelled = Scheme.parse("hq2.5"), Scheme.parse("hq:s10_r2")
+    assert replace(both.key, name=spelled.key.name) == spelled.key
+    assert both.key.page_mean
+    assert not both.value.page_mean
+
+
+def test_presets_name_their_parts_everywhere_but_in_other_schemes() -> None:
+    for name, (key, value) in PRESETS.items():
+        parts = f"hq:s{value.secondaries}_r{value.radius_bits}"
+        assert preset_spelling(name) == name
+        if not value.packed:
+            continue
+        spelled = Scheme.parse(parts)
+        assert (replace(spelled.key, name=name), replace(spelled.value, name=name)) == (key, value)
+        for wrapped in ("{}", "{}@p16", "unbalanced:{}#7", "k={},v=paper:s8_r3", "k=fp16,v={}@p128#1"):
+            assert preset_spelling(wrapped.format(parts)) == wrapped.format(name)
+        for other in (f"{parts}-sinks", f"{parts}+med3@p16", f"{parts}0", f"paper:{parts.removeprefix('hq:')}"):
+            assert preset_spelling(other) == other
+    assert preset_spelling("balanced:k=hq2.5,v=hq:s10_r2@p16") == "balanced:hq2.5@p16"
+    assert preset_spelling("k=hq:s10_r2-mean,v=hq:s10_r2") == "k=hq:s10_r2-mean,v=hq2.5"
+    assert preset_spelling("k=hq3,v=hq3.5") == "k=hq3,v=hq3.5"
 
 
 def test_search_extends_a_file_and_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

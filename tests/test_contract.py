@@ -23,7 +23,7 @@ from hqmq_trt.scheme import Scheme
 ROOT = Path(__file__).parent.parent
 SCHEMES = (
     *("fp16", "hq3", "hq3.5", "hq4", "hq5", "hq:s21_r3-sinks", "paper:s96_r4+med3"),
-    *("k=hq4,v=fp16@p128", "k=fp16,v=paper:s5_r2+med3"),
+    *("k=hq4,v=fp16@p128", "k=fp16,v=paper:s5_r2+med3", "k=hq3,v=hq2.5"),
 )
 HEADS, HEAD_DIM, PAGES = 2, 32, 3
 

@@ -14,6 +14,7 @@ PRESETS = ("hq3", "hq3.5", "hq4", "hq5", "k=hq4,v=hq3.5", "paper:s96_r4", "paper
 CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
     *[("k=hq4,v=hq3", 128), ("k=hq3.5,v=hq3", 128)],
+    *[(f"k={key},v=hq2.5", head_dim) for key in ("hq3", "hq3.5") for head_dim in (64, 128)],
 ]
 
 
@@ -66,6 +67,7 @@ def test_copies_are_halved_before_nothing_fits() -> None:
     ("name", "head_dim", "words"),
     [
         *[("hq4@p8", 128, "fewer than 16 tokens"), ("fp16", 128, "no codes"), ("hq4", 32, "no instance")],
+        *[("hq2.5", 64, "no instance"), ("k=hq3,v=hq2.5", 256, "no instance"), ("k=hq3,v=hq:s5_r3", 64, "no instance")],
         *[("paper:s170_r4", 128, "head_dim, gain"), ("paper:s21_r3", 64, "head_dim, gain")],  # codes of hq4 and hq3
     ],
 )

@@ -13,9 +13,11 @@ from tests.emulated_cuda import EmulatedGpu, assert_right, attend
 LIMIT = 2e-3  # of fp16 activations
 PAST = (0, 3, 60, 63, 64, 130, 200)
 MED3 = "paper:s96_r4+med3"
+TEN = ("k=hq3,v=hq2.5", 64)
 CASES = [
     *[("hq3", 64), ("hq3.5", 64), ("hq4", 128), ("hq5", 64), ("k=hq4,v=hq3.5", 64), (MED3, 64)],
     *[("hq4@p16", 128), (MED3 + "@p16", 64), ("hq3@p128", 64)],
+    *[("k=hq3,v=hq2.5", 64), ("k=hq3.5,v=hq2.5", 128), ("k=hq3,v=hq2.5@p16", 64)],
 ]
 """hq3 is compiled as for sm_80, which copies tiles by lanes, the others as for sm_90, in bulk."""
 EVERY = pytest.mark.parametrize(("name", "head_dim"), CASES)
@@ -33,7 +35,7 @@ def test_answers_of_the_oracle(emulated: EmulatedGpu, name: str, head_dim: int, 
     ("name", "head_dim", "group", "new"),
     [
         *[("hq4", 256, 8, (1, 1, 1)), ("k=hq4,v=hq3", 128, 2, (2, 1, 2)), ("paper:s96_r4", 64, 4, (1, 1, 1))],
-        *[(MED3, 128, 2, (4, 3, 4)), (MED3, 256, 3, (1, 1, 1))],
+        *[(MED3, 128, 2, (4, 3, 4)), (MED3, 256, 3, (1, 1, 1)), ("k=hq3,v=hq2.5", 64, 3, (2, 1, 2))],
     ],
 )
 def test_other_shapes(emulated: EmulatedGpu, name: str, head_dim: int, group: int, new: tuple[int, ...]) -> None:
@@ -51,7 +53,7 @@ def test_windows_caps_and_sinks(emulated: EmulatedGpu, name: str, head_dim: int,
     assert_right(case, (3, 3, 1), DECODE, LIMIT, logits, window, softcap=5.0)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("hq3", 64), ("hq4", 128), ("k=hq4,v=hq3.5", 64), (MED3, 64)])
+@pytest.mark.parametrize(("name", "head_dim"), [("hq3", 64), ("hq4", 128), ("k=hq4,v=hq3.5", 64), (MED3, 64), TEN])
 def test_no_order_and_no_gpu_changes_a_bit(emulated: EmulatedGpu, name: str, head_dim: int) -> None:
     """Threads and blocks in other orders, a single block or more of them."""
     case = attention_of(name)(name, head_dim, 2, 2, past=(600, 63, 300), capacity=640, dtype=torch.float16)
@@ -82,7 +84,9 @@ def test_problems_of_one_split(emulated: EmulatedGpu, name: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [163, 99])
-@pytest.mark.parametrize(("name", "head_dim"), [("hq3", 64), ("hq4", 128), ("hq5", 64), (MED3, 64)])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("hq3", 64), ("hq4", 128), ("hq5", 64), (MED3, 64), TEN, ("k=hq3.5,v=hq2.5", 128)]
+)
 def test_less_shared_memory_changes_no_bit(emulated: EmulatedGpu, name: str, head_dim: int, limit: int) -> None:
     """KiB of sm_80, and of sm_86, 89 and 120: tables of fewer copies, stages of one tile, states in the workspace."""
     case = attention_of(name)(name, head_dim, 2, 2, past=(600, 63, 300), capacity=640, dtype=torch.float16)
@@ -92,7 +96,9 @@ def test_less_shared_memory_changes_no_bit(emulated: EmulatedGpu, name: str, hea
     assert torch.equal(bits(assert_right(case, (1, 2, 1), DECODE, LIMIT, window=500)), bits(y))
 
 
-@pytest.mark.parametrize(("name", "limit"), [("hq3", 152), ("hq3", 176), ("hq3", 200), ("hq3", 227), ("hq3.5", 220)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("hq3", 152), ("hq3", 176), ("hq3", 200), ("hq3", 227), ("hq3.5", 220), (TEN[0], 220)]
+)
 def test_rings_of_all_sizes(emulated: EmulatedGpu, name: str, limit: int) -> None:
     """GPUs with fewer KiB of shared memory for a block have rings of fewer stages: of two at least."""
     case = attention_of(name)(name, 64, 1, 2, past=(600, 5), capacity=640, dtype=torch.float16)
@@ -113,3 +119,21 @@ def test_nan_reaches_those_who_see_it(emulated: EmulatedGpu, name: str) -> None:
     assert torch.equal(bits(y[0]), bits(clean[0]))
     assert torch.equal(bits(y[1, :2]), bits(clean[1, :2]))
     assert y[1, 2:].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("limit", [227, 99])
+@pytest.mark.parametrize(("name", "head_dim", "last"), [("hq3", 64, 251), (*TEN, 128 + 119)])
+def test_codes_beyond_the_codebook_are_its_last_word(
+    emulated: EmulatedGpu, name: str, head_dim: int, last: int, limit: int
+) -> None:
+    """Of a damaged cache, all bytes of V's codes; 128: bit 0 of the level of a 10-bit code."""
+    case = attention_of(name)(name, head_dim, 1, 2, past=(200,), capacity=256, dtype=torch.float16)
+    inputs = case.inputs(1)
+    emulated.use(limit, shared_limit=limit * 1024)
+    found = []
+    for byte in (last + 1, last, 0):
+        caches = case.clone()
+        caches[1][0].view(torch.uint8)[..., : head_dim // 4] = byte
+        found.append(bits(attend(case, inputs, (1,), caches)))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -139,6 +139,19 @@ def test_targets(tmp_path: Path) -> None:
     )
 
 
+def test_settings_and_results_may_name_a_preset_by_its_parts(tmp_path: Path) -> None:
+    changes = [0.02, 0.02, 0.02]
+    named = {"reference": FUSED["reference"], "k=hq3,v=hq:s10_r2": (3.0, changes), "hq:s10_r2-mean": (4.0, changes)}
+    store(tmp_path, named)
+    found = runs(read_records([tmp_path]))
+    for name in ("k=hq3,v=hq:s10_r2", "k=hq3,v=hq2.5"):
+        target = {"model": "tiny", "bits": 3, "percent": 2.5, "mode": "fused", "codec": name}
+        tables = document_tables(found, Settings.model_validate({"summary": [name], "targets": [target]}))
+        assert tables["summary"].rows == (("k=hq3,v=hq2.5", "3", "+2.02"),)
+        assert tables["targets"].rows[0][1] == "k=hq3,v=hq2.5 (3.000): +2.02 ± 0.00 %, reached"
+    assert [row[0] for row in tables["model tiny"].rows] == ["k=hq3,v=hq2.5", "hq:s10_r2-mean"]
+
+
 def test_targets_name_models_that_exist(tmp_path: Path) -> None:
     settings = {"targets": [{"model": "Smal", "bits": 4, "percent": 1}]}
     with pytest.raises(HqmqError, match="a target is for 'Smal', which no model is called: tiny"):

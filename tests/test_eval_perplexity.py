@@ -205,6 +205,23 @@ def test_reading_a_store_leaves_a_run_in_progress_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_results_of_parts_count_for_the_preset_they_became(tmp_path: Path) -> None:
+    windows, subject = windows_of(2, 40), subject_of("k=hq3,v=hq2.5@p16")
+    assert subject_of("k=hq3,v=hq:s10_r2@p16").codec == subject.codec == "k=hq3,v=hq2.5@p16"
+    keys = [window_key(subject, windows, i) for i in range(2)]
+    old = {"key": {**keys[0], "codec": "k=hq3,v=hq:s10_r2@p16"}, "value": {"nll": 1.25}}
+    about = {"cache_format": FORMAT_VERSION}
+    (tmp_path / FILE).write_text(json.dumps({**old, "about": about}) + "\n")
+    store = Store(tmp_path)
+    assert store.get(keys[0], about) == store.get(old["key"], about) == {"nll": 1.25}
+    measure(subject, windows, store, {})
+    assert (tmp_path / FILE).read_text().count("\n") == 2, "the other window only"
+    for kept in (store, Store(tmp_path)):
+        assert [record["key"] for record in kept.records(codec="k=hq3,v=hq:s10_r2@p16")] == keys
+    store.add(old["key"], {"nll": 2.5})
+    assert [record["value"] for record in Store(tmp_path).records(item=0)] == [{"nll": 2.5}]
+
+
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text('{"value": 3}\n')
     with pytest.raises(HqmqError, match=r"results.jsonl:1: not a result"):

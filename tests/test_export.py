@@ -143,6 +143,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
 FUSED = [
     ("llama", "hq4@p8"),
     ("llama64", "hq3@p8"),
+    ("llama64", "k=hq3,v=hq2.5@p8"),
     ("qwen2", "k=hq4,v=hq5@p8"),
     ("qwen3", "paper:s96_r4+med3@p8"),
     ("mistral", "hq4@p8"),

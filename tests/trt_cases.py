@@ -15,7 +15,7 @@ from hqmq_trt.scheme import ROLES, Scheme
 
 SCHEMES = (
     *("fp16", "hq3", "hq3.5", "hq4", "hq5", "hq:s21_r3-sinks", "paper:s96_r4+med3"),
-    *("k=hq4,v=fp16@p128", "k=paper:s24_r3,v=hq4@p16"),
+    *("k=hq4,v=fp16@p128", "k=paper:s24_r3,v=hq4@p16", "k=hq3,v=hq2.5"),
 )
 HEADS, QUERY_HEADS, HEAD_DIM, BATCH, TOKENS, PAGES = 2, 6, 64, 3, 5, 4
 

@@ -45,7 +45,8 @@ def export(
     model: Annotated[str, typer.Argument(help="Hugging Face name, folder (safetensors), .gguf or .onnx file.")],
     folder: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     scheme: Annotated[
-        str, typer.Option("--scheme", "-s", help="hq3, hq3.5, hq4, hq5, fp16, paper:s{S}_r{r}[+med3] or k=…,v=….")
+        str,
+        typer.Option("--scheme", "-s", help="hq2.5, hq3, hq3.5, hq4, hq5, fp16, paper:s{S}_r{r}[+med3] or k=…,v=…."),
     ] = "hq4",
     mode: Annotated[
         Mode, typer.Option(help="One fused operator, or Quantize and Dequantize around ordinary attention.")

@@ -18,11 +18,15 @@ Everything may be left out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hqmq_trt.errors import HqmqError
+from hqmq_trt.scheme import preset_spelling
+
+CodecName = Annotated[str, AfterValidator(preset_spelling)]
+"""A codec as records name it (hqmq_trt.eval.store)."""
 
 
 class _Strict(BaseModel):
@@ -58,9 +62,9 @@ class Target(_Strict):
     model: str
     bits: float = Field(gt=0)
     percent: float | None = None
-    better_than: str | None = None
+    better_than: CodecName | None = None
     mode: Literal["fused", "qdq"] | None = None
-    codec: str | None = None
+    codec: CodecName | None = None
 
     @model_validator(mode="after")
     def _one_measure(self) -> Target:
@@ -73,9 +77,9 @@ class Settings(_Strict):
     """See the module; an empty list of schemes (or ablations) means all that were measured."""
 
     models: tuple[ModelSettings, ...] = ()
-    summary: tuple[str, ...] = ()
+    summary: tuple[CodecName, ...] = ()
     targets: tuple[Target, ...] = ()
-    ablation: tuple[str, ...] = ()
+    ablation: tuple[CodecName, ...] = ()
 
 
 def read_settings(file: str | Path) -> Settings:

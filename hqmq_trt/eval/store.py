@@ -1,7 +1,8 @@
 """Results on disk: one JSON line an item, so that an interrupted run keeps what it has and goes on from there.
 
 A record's ``key`` fields say what was measured (task, model, codec, item, …); its ``value`` fields what came out.
-Two records with the same key are one measurement, and the later one counts.
+Two records with the same key are one measurement, and the later one counts. Codecs in keys go by presets' names
+(hqmq_trt.scheme.preset_spelling), also those of a file that has the parts of what became a preset later.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hqmq_trt.errors import HqmqError
+from hqmq_trt.scheme import preset_spelling
 
 FILE = "results.jsonl"
 Record = dict[str, Any]
@@ -51,13 +53,14 @@ class Store:
         for number, line in enumerate(whole.decode().splitlines(), 1):
             try:
                 record = json.loads(line)
+                record["key"] = _with_preset(record["key"])
                 self._records[_name(record["key"])] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise HqmqError(f"{self.path}:{number}: not a result ({error}); give another --output") from error
 
     def get(self, key: Record, circumstances: Record | None = None) -> Record | None:
         """The values measured under `key`, or None; also None if they were measured under other `circumstances`."""
-        record = self._records.get(_name(key))
+        record = self._records.get(_name(_with_preset(key)))
         if record is None or not (circumstances or {}).items() <= record.get("about", {}).items():
             return None
         value: Record = record["value"]
@@ -67,19 +70,24 @@ class Store:
         """Keep a measurement; it is on disk when this returns. `about`: circumstances (card, version, seconds)."""
         if self._read_only:
             raise ValueError(f"{self.path} was opened to be read only")
-        record = {"key": key, "value": value, **({"about": about} if about else {})}
+        record = {"key": _with_preset(key), "value": value, **({"about": about} if about else {})}
         line = json.dumps(record, allow_nan=False, sort_keys=True) + "\n"
         with self.path.open("a") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._records[_name(key)] = record
+        self._records[_name(record["key"])] = record
 
     def records(self, **wanted: Any) -> Iterator[Record]:
         """Records whose key has these fields."""
+        wanted = _with_preset(wanted)
         for record in self._records.values():
             if all(record["key"].get(name) == value for name, value in wanted.items()):
                 yield record
+
+
+def _with_preset(key: Record) -> Record:
+    return {**key, "codec": preset_spelling(key["codec"])} if "codec" in key else key
 
 
 def _name(key: Record) -> str:

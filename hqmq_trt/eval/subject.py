@@ -28,7 +28,7 @@ from hqmq_trt.eval.baseline_cache import BaselineCache
 from hqmq_trt.eval.baselines import Baseline, parse_baseline
 from hqmq_trt.eval.baselines import names as baseline_names
 from hqmq_trt.format import FORMAT_VERSION, paper_bits, stored_bits
-from hqmq_trt.scheme import DEFAULT_PAGE_SIZE, Scheme
+from hqmq_trt.scheme import DEFAULT_PAGE_SIZE, Scheme, preset_spelling
 
 REFERENCE = "reference"
 BALANCED, UNBALANCED = "balanced", "unbalanced"
@@ -145,8 +145,8 @@ class Codec:
 
     @staticmethod
     def of(scheme: Scheme) -> Codec:
-        """The codec of a scheme; codebooks of another seed than 0 show in its name."""
-        name = scheme.name + (f"#{scheme.seed}" if scheme.seed else "")
+        """The codec of a scheme, which goes by presets' names; codebooks of another seed than 0 show in its name."""
+        name = preset_spelling(scheme.name) + (f"#{scheme.seed}" if scheme.seed else "")
         return Codec(name, scheme=scheme, balanced=applies_to(scheme))
 
     @property

@@ -31,12 +31,20 @@ set(HQMQ_CUDA_SM90_SOURCES
 )
 # Instances of the fused decode kernel.
 set(HQMQ_DECODE_LARGE
+    decode_12_10_d128_c4.cu
+    decode_12_10_d128_c8.cu
+    decode_12_10_d64_c4.cu
+    decode_12_10_d64_c8.cu
     decode_12_d128_c4.cu
     decode_12_d128_c8.cu
     decode_12_d256_c4.cu
     decode_12_d256_c8.cu
     decode_12_d64_c4.cu
     decode_12_d64_c8.cu
+    decode_14_10_d128_c4.cu
+    decode_14_10_d128_c8.cu
+    decode_14_10_d64_c4.cu
+    decode_14_10_d64_c8.cu
     decode_14_12_d128_c4.cu
     decode_14_12_d128_c8.cu
     decode_14_d128_c4.cu

@@ -12,7 +12,7 @@ namespace cuda {
 namespace {
 
 struct Instance {
-  int code_bits[2], index_bits[2], words[2];  // of K, V; words of their tables
+  int code_bits[2], index_bits[2], words[2];  // of K, V; different words of their tables
   int head_dim, columns;
   Gain gain;        // of both roles: so wide are their scales
   bool page_means;  // it takes K with page means, too
@@ -41,7 +41,7 @@ constexpr Instance Make() {
   using I = DecodeInstance<Key, Value, D, kColumns>;
   Instance out = {{Key::kCodeBits, Value::kCodeBits},
                   {Key::kIndexBits, Value::kIndexBits},
-                  {Key::kWords, Value::kWords},
+                  {Key::kWords / Key::kTableLevels, Value::kWords / Value::kTableLevels},
                   D,
                   kColumns,
                   Key::kGain,
@@ -116,6 +116,14 @@ constexpr Pair kInstances[] = {
     Both<Codec16<2>, Codec14<8>, 256, 8>(),
     Both<Codec14<8>, Codec12, 128, 4>(),
     Both<Codec14<8>, Codec12, 128, 8>(),
+    Both<Codec12, Codec10, 64, 4>(),
+    Both<Codec12, Codec10, 64, 8>(),
+    Both<Codec12, Codec10, 128, 4>(),
+    Both<Codec12, Codec10, 128, 8>(),
+    Both<Codec14<8>, Codec10, 64, 4>(),
+    Both<Codec14<8>, Codec10, 64, 8>(),
+    Both<Codec14<8>, Codec10, 128, 4>(),
+    Both<Codec14<8>, Codec10, 128, 8>(),
 };
 
 const Pair* FindPair(const AttentionJob& job) {

@@ -16,6 +16,7 @@ struct Codec12 {
   static constexpr int kCodeBits = 12, kIndexBits = 8;
   static constexpr Gain kGain = Gain::kRms;
   static constexpr int kWords = 256, kCopies = 16;
+  static constexpr int kTableLevels = 1;
   static constexpr uint32_t kTableBytes = 1 << 16, kTableAlignment = 1 << 16;
   // Both roles' words lie in one table, in halves of its rows.
   static constexpr bool kShared = true, kTurned = false;

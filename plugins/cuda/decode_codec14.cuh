@@ -21,6 +21,7 @@ struct Codec14 {
   static constexpr int kCodeBits = 14, kIndexBits = 10;
   static constexpr Gain kGain = Gain::kRms;
   static constexpr int kWords = 1024, kCopies = kWordCopies;
+  static constexpr int kTableLevels = 1;
   static_assert(kCopies == 8 || kCopies == 16, "two or four words in 256 bytes");
   static constexpr uint32_t kTableBytes = kWords * 8 * kCopies, kTableAlignment = 1 << 16;
   static constexpr bool kShared = true, kTurned = true;

@@ -22,6 +22,7 @@ struct Codec16 {
   static constexpr int kCodeBits = 16, kIndexBits = 11;
   static constexpr Gain kGain = Gain::kRms;
   static constexpr int kWords = 2048, kCopies = kWordCopies;
+  static constexpr int kTableLevels = 1;
   static constexpr int kWordShift = kCopies == 2 ? 4 : kCopies == 4 ? 5 : 6;  // of a word's copies
   static_assert(8 * kCopies == 1 << kWordShift, "2, 4 or 8 copies");
   static constexpr uint32_t kTableBytes = kWords << kWordShift, kTableAlignment = 128;

@@ -19,6 +19,7 @@ struct Codec20 {
   static constexpr Gain kGain = Gain::kRms;
   static constexpr uint32_t kTableBytes = 8192 * 8, kTableAlignment = kTableBytes;
   static constexpr int kWords = 8192, kCopies = 1;
+  static constexpr int kTableLevels = 1;
   static constexpr bool kShared = false, kTurned = false;
   static constexpr bool kPageMeans = true, kOutliers = false, kCompact = false;
   static constexpr uint32_t kRoleBytes = 0;

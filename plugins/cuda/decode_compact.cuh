@@ -7,6 +7,7 @@
 // 8, 16 copies.
 #pragma once
 
+#include "decode_codec10.cuh"
 #include "decode_codec12.cuh"
 #include "decode_codec14.cuh"
 #include "decode_codec16.cuh"
@@ -77,12 +78,15 @@ struct Compact : Codec {
     Codec::FillLevels(view, levels);
   }
 
-  // Bits 9 and 8 of the indices of four chunks of 14-bit codes, as bytes.
+  // Bits 9 and 8 of the indices of four chunks of 14-bit codes, as bytes; bit 1 of the levels of
+  // 10-bit codes, whose tables have the words times levels.
   template <class Slice>
   static __device__ __forceinline__ uint32_t UpperIndices(const Slice& slice, int group) {
     if constexpr (kCodeBits == 14) {
       const uint32_t two = ptx::Permute(Codec::Nibbles(slice, group), 0, 0x1100);
       return (two & 0x00030003u) | (two >> 4 & 0x03000300u);
+    } else if constexpr (kCodeBits == 10) {
+      return Codec::UpperIndices(slice, group);
     }
     return 0;
   }
@@ -92,9 +96,10 @@ struct Compact : Codec {
                                                    int i) {
     if constexpr (kCodeBits == 12) {
       return ptx::Permute(slice.index[group], 0, 0x4440u | i);
-    } else if constexpr (kCodeBits == 14) {
+    } else if constexpr (kCodeBits == 14 || kCodeBits == 10) {
       // Bytes 2 and 3: copies of bit 7 of the upper bits, which is 0.
-      const uint32_t byte = i, of_upper = 4 + i, zero = 8 | of_upper;
+      const uint32_t byte = i, of_upper = 4 + (kCodeBits == 14 ? i : (i & 1) << 1 | i >> 1);
+      const uint32_t zero = 8 | of_upper;
       return ptx::Permute(slice.index[group], upper, zero << 12 | zero << 8 | of_upper << 4 | byte);
     } else {
       constexpr uint32_t kMask = (1u << Codec::kIndexBits) - 1;

@@ -91,16 +91,17 @@ __device__ __forceinline__ bool FillTables(const DecodeJob& job, int h, const ui
       Value::UseCopies(1, turned, lane, value);
     }
   } else {
-    float4 of_key[Filling<Key>::kRounds], of_value[Filling<Value>::kRounds];
-    LoadRole<Key>(a.key, h, of_key);
-    LoadRole<Value>(a.value, h, of_value);
-    StoreRole<Key>(a.key, of_key, [&](int row, const uint2(&words)[4]) {
+    LoadedRows<Key> of_key;
+    LoadedRows<Value> of_value;
+    LoadRole(a.key, h, &of_key);
+    LoadRole(a.value, h, &of_value);
+    StoreRole(a.key, of_key, [&](int row, const uint2(&words)[4]) {
       if constexpr (Key::kCompact)
         Key::Store(tables[0], job.copies[0], Copies::kAll, row, words);
       else
         Filling<Key>::template Store<8 * Key::kCopies>(tables[0], row, words);
     });
-    StoreRole<Value>(a.value, of_value, [&](int row, const uint2(&words)[4]) {
+    StoreRole(a.value, of_value, [&](int row, const uint2(&words)[4]) {
       if constexpr (Value::kCompact)
         Value::Store(tables[1], job.copies[1], Copies::kAll, row, words);
       else

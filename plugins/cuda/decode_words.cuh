@@ -106,7 +106,8 @@ __device__ __forceinline__ void RowWords(const WordRow& row, const float4& q, ui
   if (row.beyond) out[0] = out[1] = out[2] = out[3];
 }
 
-// How the threads of a block share the rows of a table: kParts a row, each with kRounds rows.
+// How the threads of a block share the rows of a table: kParts a row, each with kRounds rows. A
+// table may have the words once for each level, times that: kTableLevels of the codec.
 template <class Codec>
 struct Filling {
   static constexpr int kRows = Codec::kWords / 4;
@@ -118,6 +119,13 @@ struct Filling {
   static __device__ __forceinline__ int Row(int round) {
     return (threadIdx.x + round * kDecodeThreads) / kParts;
   }
+  // Row of words, and the level that they are times.
+  static constexpr int kWordRows = kRows / Codec::kTableLevels;
+  static_assert(Codec::kTableLevels == 1 || kRounds == 1, "a thread has rows of one level");
+  static __device__ __forceinline__ int WordsOf(int row) {
+    return Codec::kTableLevels == 1 ? row : row % kWordRows;
+  }
+  static __device__ __forceinline__ int LevelOf(int row) { return row / kWordRows; }
 
   // This thread's part of a row: kBytes of copies of each word, in an order that depends on the
   // lane, so that lanes write to different banks.
@@ -149,26 +157,38 @@ struct Filling {
   }
 };
 
+// What a thread needs for its part of a role's table.
+template <class Codec>
+struct LoadedRows {
+  float4 q[Filling<Codec>::kRounds];
+  float level;  // if the table has words times levels
+};
+
 // Fills one role's table with the words of head h; store(row, words) stores this thread's part of
 // a row. All threads. Loading and storing are apart, so that loads of both roles are under way
 // together.
 template <class Codec>
-__device__ __forceinline__ void LoadRole(const RoleView& view, int h,
-                                         float4 (&q)[Filling<Codec>::kRounds]) {
+__device__ __forceinline__ void LoadRole(const RoleView& view, int h, LoadedRows<Codec>* out) {
   using F = Filling<Codec>;
 #pragma unroll
-  for (int i = 0; i < F::kRounds; ++i) q[i] = Secondary(view, h, RowOf(view, F::Row(i)).secondary);
+  for (int i = 0; i < F::kRounds; ++i)
+    out->q[i] = Secondary(view, h, RowOf(view, F::WordsOf(F::Row(i))).secondary);
+  if constexpr (Codec::kTableLevels > 1) out->level = view.levels[F::LevelOf(F::Row(0))];
 }
 template <class Codec, class Store>
-__device__ __forceinline__ void StoreRole(const RoleView& view,
-                                          const float4 (&q)[Filling<Codec>::kRounds],
+__device__ __forceinline__ void StoreRole(const RoleView& view, const LoadedRows<Codec>& loaded,
                                           const Store& store) {
   using F = Filling<Codec>;
 #pragma unroll
   for (int i = 0; i < F::kRounds; ++i) {
     if (!F::kEven && F::Row(i) >= F::kRows) continue;
     uint2 words[4];
-    RowWords(RowOf(view, F::Row(i)), q[i], words);
+    RowWords(RowOf(view, F::WordsOf(F::Row(i))), loaded.q[i], words);
+    if constexpr (Codec::kTableLevels > 1) {
+      const uint32_t level = HalfFromFloat(loaded.level);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[w] = TimesRadius(words[w], level, false);
+    }
     store(F::Row(i), words);
   }
 }

@@ -29,6 +29,8 @@ HEADS = 2
 GROUPS = (1, 2, 3, 4, 6, 7, 8, 16)
 TOKENS = (1, 2, 5, 8)
 PRESETS = ("hq3", "hq3.5", "hq4", "hq5")
+"""Of K and V alike."""
+TEN_BIT = ("k=hq3,v=hq2.5", "k=hq3.5,v=hq2.5")
 MED3 = "paper:s96_r4+med3"
 
 

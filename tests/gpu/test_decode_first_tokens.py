@@ -15,6 +15,7 @@ from tests.gpu.decode_layer import (
     MED3,
     PRESETS,
     SINKS,
+    TEN_BIT,
     fast,
     held,
     layer,
@@ -26,7 +27,7 @@ pytestmark = [*KERNEL_TESTS, pytest.mark.usefixtures("clean_status")]
 
 SINK_CASES = [
     *[("hq3", 128, 4), ("hq4", 128, 4), ("hq3.5", 64, 4), ("hq5", 64, 4), ("hq4", 256, 4), ("k=hq4,v=hq3", 128, 4)],
-    *[("k=hq4,v=hq3.5", 128, 4), ("k=hq4,v=hq3.5", 256, 4), (MED3, 128, 4), (MED3, 64, 0)],
+    *[("k=hq4,v=hq3.5", 128, 4), ("k=hq4,v=hq3.5", 256, 4), (MED3, 128, 4), (MED3, 64, 0), (TEN_BIT[0], 64, 4)],
     *[("hq4@p16", 64, 8), ("hq3@p16", 128, 1), ("hq5@p128", 128, 8), ("hq3.5@p32", 256, 3), ("hq3", 128, 0)],
 ]
 """Schemes, head_dim and how many first tokens are exact."""

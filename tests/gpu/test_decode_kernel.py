@@ -27,6 +27,7 @@ from tests.gpu.decode_layer import (
     MED3,
     PRESETS,
     SINKS,
+    TEN_BIT,
     TOKENS,
     Layer,
     fast,
@@ -43,6 +44,8 @@ CASES = [
     *[(name, head_dim) for name in PRESETS for head_dim in (64, 128, 256)],
     *[("k=hq4,v=hq3.5", head_dim) for head_dim in (64, 128, 256)],
     *[("k=hq4,v=hq3", 128), ("k=hq3.5,v=hq3", 128), ("hq3@p128", 128), ("hq4@p16", 64), ("k=hq4,v=hq3.5@p16", 256)],
+    *[(name, head_dim) for name in TEN_BIT for head_dim in (64, 128)],
+    *[("k=hq3,v=hq2.5@p16", 64), ("k=hq3.5,v=hq2.5@p128", 64), ("k=hq3,v=hq2.5@p16", 128)],
     *[(name, head_dim) for name in (MED3, "paper:s96_r4") for head_dim in (64, 128, 256)],
     *[(MED3 + "@p16", 128), (MED3 + "@p128", 64), (MED3 + "@p32", 256)],
 ]
@@ -55,7 +58,9 @@ PLAIN = {
     "paper:s170_r4": "no instance",  # codes of hq4, scales of 16 bits
     "paper:s21_r3": "no instance",
     "k=hq3,v=hq4": "no instance",
-    "hq:s10_r2": "no instance",
+    "hq2.5": "no instance",
+    "k=hq2.5,v=hq3": "no instance",
+    "k=hq4,v=hq2.5": "no instance",
     "hq3@p8": "fewer than 16 tokens",
     "fp16": "no codes",
     "k=hq4,v=paper:s24_r3": "different numbers of first tokens",
@@ -83,7 +88,8 @@ def test_every_group_dtype_and_number_of_queries_follows_the_reference(name: str
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim"), [*[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5", MED3)], ("hq4", 64)]
+    ("name", "head_dim"),
+    [*[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5", MED3)], ("hq4", 64), (TEN_BIT[0], 64), (TEN_BIT[1], 128)],
 )
 @pytest.mark.parametrize(
     ("window", "softcap", "sink"),
@@ -125,7 +131,7 @@ def sequence(case: Layer, b: int, capacity: int) -> list[list[Tensor]]:
     ("name", "head_dim"),
     [
         *[(name, 128) for name in (*PRESETS, "k=hq4,v=hq3.5")],
-        ("hq3", 64),
+        *[(name, 64) for name in ("hq3", *TEN_BIT)],
         ("hq4", 256),
         *[(MED3, d) for d in (64, 128, 256)],
     ],
@@ -168,7 +174,7 @@ def test_of_other_sequences_only_their_number_counts(name: str, cut_by_count: No
     assert torch.equal(bits(changed[1::2]), bits(y[1::2]))
 
 
-@pytest.mark.parametrize("name", [*PRESETS, MED3])
+@pytest.mark.parametrize("name", [*PRESETS, TEN_BIT[0], MED3])
 def test_what_lies_behind_the_length_is_not_seen(name: str) -> None:
     """Codes, scales and means of later pages, and rows of the tail that hold no token, may be anything."""
     case = layer(name, 128)
@@ -192,7 +198,7 @@ def test_what_lies_behind_the_length_is_not_seen(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "tokens", "around"),
-    [("hq3", 1, False), ("hq3", 1, True), ("hq4", 8, True), (MED3, 1, False), (MED3, 8, True)],
+    [("hq3", 1, False), ("hq3", 1, True), ("hq4", 8, True), (TEN_BIT[1], 8, True), (MED3, 1, False), (MED3, 8, True)],
 )
 def test_a_captured_graph_serves_all_lengths(name: str, tokens: int, around: bool) -> None:
     ends = sink_ends(64) if around else LENGTHS
@@ -217,7 +223,7 @@ def test_a_captured_graph_serves_all_lengths(name: str, tokens: int, around: boo
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(48, 1024), (16, 4096)])
-@pytest.mark.parametrize("name", [*PRESETS, MED3])
+@pytest.mark.parametrize("name", [*PRESETS, TEN_BIT[0], MED3])
 def test_many_sequences_and_heads(name: str, batch: int, capacity: int) -> None:
     """More problems than multiprocessors, of random lengths; and problems of one split, long ones of which (1,536
     coded tokens and more) have a part of its own for the exact tokens."""

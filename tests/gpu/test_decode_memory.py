@@ -13,7 +13,7 @@ from hqmq_trt import cuda
 from hqmq_trt.scheme import Scheme
 from tests.attention_cases import assert_same_caches, bits
 from tests.gpu import test_page_table as pages
-from tests.gpu.decode_layer import CAPACITY, GROUPS, HEADS, MED3, Layer, held, layer
+from tests.gpu.decode_layer import CAPACITY, GROUPS, HEADS, MED3, TEN_BIT, Layer, held, layer
 from tests.gpu.requirements import KERNEL_TESTS
 from tests.gpu.test_decode_kernel import CASES
 
@@ -68,7 +68,9 @@ def test_bits_do_not_depend_on_the_memory_of_a_block(name: str, head_dim: int) -
         assert_same_bits(case, tokens, group, dtype)
 
 
-@pytest.mark.parametrize(("name", "head_dim"), [("hq4", 128), ("hq5", 128), ("hq3.5", 256), (MED3, 128)])
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [("hq4", 128), ("hq5", 128), ("hq3.5", 256), (MED3, 128), (TEN_BIT[0], 64)]
+)
 def test_window_softcap_and_sinks_give_the_same_bits(name: str, head_dim: int) -> None:
     case = layer(name, head_dim)
     for tokens, group, dtype in CALLS[:3]:

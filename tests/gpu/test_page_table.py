@@ -23,11 +23,11 @@ from tests.paged_cases import Paged, assert_same_pages, assert_untouched, paged,
 pytestmark = KERNEL_TESTS
 
 DEVICE = "cuda"
-FUSED = ("hq3", "hq4", "k=hq4,v=hq3", "paper:s96_r4+med3", "hq3@p16", "hq5@p32")
+FUSED = ("hq3", "hq4", "k=hq4,v=hq3", "paper:s96_r4+med3", "hq3@p16", "hq5@p32", "k=hq3,v=hq2.5")
 """Schemes here that the fused decode kernel takes."""
 SCHEMES = [
     *[("hq3", 128), ("hq4", 128), ("k=hq4,v=hq3", 128), ("paper:s96_r4+med3", 128), ("fp16", 64), ("hq3@p16", 64)],
-    *[("hq5@p32", 256), ("paper:s24_r3+med3@p8", 20)],
+    *[("hq5@p32", 256), ("paper:s24_r3+med3@p8", 20), ("k=hq3,v=hq2.5", 64)],
 ]
 EVERY_SCHEME = pytest.mark.parametrize(("name", "head_dim"), SCHEMES)
 FEW_SCHEMES = pytest.mark.parametrize(("name", "head_dim"), [SCHEMES[i] for i in (0, 1, 3, 4, 5)])

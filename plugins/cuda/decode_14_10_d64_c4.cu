@@ -1,0 +1,9 @@
+#include "decode_instance.cuh"
+
+namespace hqmq {
+namespace cuda {
+
+template struct DecodeInstance<Codec14<8>, Codec10, 64, 4>;
+
+}  // namespace cuda
+}  // namespace hqmq
