@@ -87,9 +87,7 @@ class Call:
         return min(begin, end), end
 
 
-def cut(
-    gpu: EmulatedGpu, call: Call, multiprocessors: int = 132, warps: int = 1
-) -> tuple[list[Split], int, int]:
+def cut(gpu: EmulatedGpu, call: Call, multiprocessors: int = 132, warps: int = 1) -> tuple[list[Split], int, int]:
     """The splits of a call, rounds of a piece (0: it is cut by count), and parts in the workspace. warps: of a block
     that looks for its share, 1 or, as the kernel has, 16."""
     most = len(call.past) * call.heads * call.row_blocks() * (MOST_SPLITS + 1)
