@@ -11,8 +11,9 @@
 // longer than its length: a part more, as a border cuts a problem in two (kPartRounds); a round
 // that the next piece leaves to it; and the exact tokens behind that.
 //
-// Lengths lie on the device, which chooses by what either takes at most. Only the lengths and the
-// call's shape decide, neither the capacity nor the GPU.
+// Lengths lie on the device, which cuts by count where they are even (kEvenShift), and else chooses
+// by what either takes at most. Only the lengths and the call's shape decide, neither the capacity
+// nor the GPU.
 #pragma once
 
 #include <cstdint>
@@ -46,6 +47,9 @@ constexpr int kPartRounds = 2;
 constexpr int kApartTiles = 96;
 constexpr int kLeastPiece = 8;
 constexpr int kMostBeyond = kPartRounds + 3;
+// Lengths are even where the shortest one is less than the longest one by no more than a part in
+// 2^kEvenShift.
+constexpr int kEvenShift = 3;
 // What by work costs beside: a block looks for its piece, and its problems begin amid others.
 constexpr int kSearchRounds = 2;
 // No longer line is cut: 2^32 tokens of all heads. Its numbers are exact in 32 bits.

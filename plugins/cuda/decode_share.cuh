@@ -33,6 +33,25 @@ __device__ __forceinline__ Items ItemsByCount(const DecodeJob& job, int block) {
   return {item(share.begin), item(share.end)};
 }
 
+// Whether lengths are so even (kEvenShift) that a call is cut by count without looking further:
+// few instructions, as all calls of several sequences pay for them. All lanes.
+__device__ __forceinline__ bool AreEven(const DecodeJob& job, int lane) {
+  const Call& call = job.attention.call;
+  const int window = job.attention.window;
+  uint32_t longest = 0, shortest = 0x7FFFFFFFu;
+#pragma unroll 4
+  for (int b = lane; b < call.batch; b += kWarp) {
+    const int past = call.past_length[b];
+    uint32_t length = call.new_length[b] > 0 ? max(past, 0) : 0;
+    if (window > 0) length = min(length, static_cast<uint32_t>(window));
+    longest = max(longest, length);
+    shortest = min(shortest, length);
+  }
+  longest = __reduce_max_sync(kAllLanes, longest);
+  shortest = __reduce_min_sync(kAllLanes, shortest);
+  return longest - shortest <= longest >> kEvenShift;
+}
+
 // Length of a problem on the line.
 __device__ __forceinline__ int LineOf(const Problem& p) {
   return LineRounds(p.rows == 0, RoundsOf(p.tiles));
@@ -195,6 +214,7 @@ struct Share {
 template <int kWarps>
 __device__ __forceinline__ Share ShareOf(const DecodeJob& job, const Items& by_count,
                                          ShareScratch* scratch, int block, int warp, int lane) {
+  if (!job.always && AreEven(job, lane)) return {by_count, 0};
   const HeadLine line = HeadLineOf<kWarps>(job, scratch, warp, lane);
   const int piece = PieceOf(job, line);
   if (piece == 0) return {by_count, 0};

@@ -173,6 +173,9 @@ inline uint32_t __reduce_max_sync(unsigned mask, uint32_t x, HQMQ_HERE) {
 inline int __reduce_add_sync(unsigned mask, int x, HQMQ_HERE) {
   return emulation::Reduce(mask, x, [](int a, int b) { return a + b; }, site);
 }
+inline uint32_t __reduce_min_sync(unsigned mask, uint32_t x, HQMQ_HERE) {
+  return emulation::Reduce(mask, x, [](uint32_t a, uint32_t b) { return min(a, b); }, site);
+}
 inline int __reduce_min_sync(unsigned mask, int x, HQMQ_HERE) {
   return emulation::Reduce(mask, x, [](int a, int b) { return min(a, b); }, site);
 }
