@@ -65,23 +65,21 @@ struct Codec12 {
   // Bytes of the 8 levels.
   struct Levels {
     uint32_t high[2], low[2];
+    uint32_t minus;  // four times 0x80
   };
-  // What a lane keeps of one role.
+  // What a lane keeps of one role: addresses of its copy of K's word 0 and of the levels.
   struct Lane {
-    uint32_t table;  // address of the lane's copy of K's word 0
-    Levels levels;
+    uint32_t table, levels, minus;
   };
-  static __device__ __forceinline__ Lane LaneOf(const RoleView& view, uint32_t table, uint32_t,
+  static __device__ __forceinline__ Lane LaneOf(const RoleView&, uint32_t table, uint32_t levels,
                                                 int lane) {
-    Lane out = {table + CopyOf<Codec12>(0, true, lane), {}};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      out.levels.low[i] = LevelBytes(view, 4 * i, 0);
-      out.levels.high[i] = LevelBytes(view, 4 * i, 8);
-    }
-    return out;
+    return {table + CopyOf<Codec12>(0, true, lane), levels, ByLane(0x80808080u, lane)};
   }
-  static __device__ __forceinline__ Levels LoadLevels(const Lane& lane) { return lane.levels; }
+  // For one tile. Kept from tile to tile, levels would become uniform registers.
+  static __device__ __forceinline__ Levels LoadLevels(const Lane& lane) {
+    const uint4 x = ptx::LoadShared128(lane.levels);
+    return {{x.z, x.w}, {x.x, x.y}, lane.minus};
+  }
 
   // Radii of chunks 4*group… of a slice, for Times.
   template <int kCount, int kChunks>
@@ -90,7 +88,7 @@ struct Codec12 {
                                                uint32_t (&radius)[2]) {
     const uint32_t nibbles = group & 1 ? slice.nibble[group / 2] >> 16 : slice.nibble[group / 2];
     const uint32_t level = nibbles & 0x7777u;
-    const uint32_t sign = ptx::Permute(0x80808080u, 0x80808080u, nibbles);  // 0x80, minus: 0xFF
+    const uint32_t sign = ptx::Permute(levels.minus, levels.minus, nibbles);  // 0x80, minus: 0xFF
     const uint32_t low = ptx::Permute(levels.low[0], levels.low[1], level);
     const uint32_t high =
         ptx::AndXor(sign << 7, 0x80808080u, ptx::Permute(levels.high[0], levels.high[1], level));
@@ -117,7 +115,9 @@ struct Codec12 {
     }
   }
 
-  static __device__ __forceinline__ void FillLevels(const RoleView&, uint32_t) {}
+  static __device__ __forceinline__ void FillLevels(const RoleView& view, uint32_t levels) {
+    StoreEightLevels(view, levels);
+  }
 };
 
 }  // namespace cuda

@@ -155,10 +155,8 @@ struct Codec14 {
     }
   }
 
-  // Words of four low bytes, then of four high bytes.
   static __device__ __forceinline__ void FillLevels(const RoleView& view, uint32_t levels) {
-    const int i = threadIdx.x;
-    if (i < 4) ptx::StoreShared32(levels + 4 * i, LevelBytes(view, 4 * (i & 1), i < 2 ? 0 : 8));
+    StoreEightLevels(view, levels);
   }
 };
 

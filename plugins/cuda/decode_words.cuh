@@ -55,6 +55,19 @@ __device__ __forceinline__ uint32_t LevelBytes(const RoleView& view, int first, 
   return bytes;
 }
 
+// Eight levels at address `levels`: words of four low bytes, then of four high bytes.
+__device__ __forceinline__ void StoreEightLevels(const RoleView& view, uint32_t levels) {
+  const int i = threadIdx.x;
+  if (i < 4) ptx::StoreShared32(levels + 4 * i, LevelBytes(view, 4 * (i & 1), i < 2 ? 0 : 8));
+}
+
+// x, which ptxas does not know any more to be one number for the warp: it would keep it in a
+// uniform register, from which every PRMT that reads it copies it first. (No square is 2 modulo 3.)
+__device__ __forceinline__ uint32_t ByLane(uint32_t x, int lane) {
+  const uint32_t square = static_cast<uint32_t>(lane * lane);
+  return x + (square % 3 >> 1);
+}
+
 // Hamilton's product.
 __device__ __forceinline__ float4 Product(const float4& a, const float4& b) {
   return make_float4(Fma(-a.w, b.w, Fma(-a.z, b.z, Fma(-a.y, b.y, a.x * b.x))),

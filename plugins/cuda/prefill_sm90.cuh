@@ -114,12 +114,12 @@ struct Sm90Rows {
 
   // Starts scores = queries * keys.
   __device__ __forceinline__ void StartScores(const uint16_t* tile) {
-    const uint32_t at = ptx::SharedAddress(tile);
+    const uint64_t first = ptx::Operand(ptx::SharedAddress(tile), kPartBytes);
     ptx::Hold(rows.score[0]);
     ptx::ProductsBegin();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      const uint64_t b = ptx::Operand(at + step / 4 * kPartBytes + step % 4 * 32, kPartBytes);
+      const uint64_t b = ptx::OperandAfter(first, step / 4 * kPartBytes + step % 4 * 32);
       if (step == 0) {
         ptx::MultiplyKeys<false>(rows.score[0], query[step], b);
       } else {
@@ -131,13 +131,13 @@ struct Sm90Rows {
 
   // Starts outputs += weights * values.
   __device__ __forceinline__ void StartOutputs(const uint16_t* tile) {
-    const uint32_t at = ptx::SharedAddress(tile);
+    const uint64_t first = ptx::Operand(ptx::SharedAddress(tile), kPartBytes);
     ptx::Hold(rows.out[0]);
     ptx::ProductsBegin();
 #pragma unroll
     for (int step = 0; step < Shape::kKeys / 16; ++step) {
       ptx::MultiplyValues<true>(rows.out[0], weight[step],
-                                ptx::Operand(at + step * (16 * 128), kPartBytes));
+                                ptx::OperandAfter(first, step * (16 * 128)));
     }
     ptx::ProductsCommit();
   }
@@ -233,7 +233,7 @@ __device__ __forceinline__ void AttendTiles(const PrefillJob& job, const Prefill
     const TileOf next = TileNumber<Shape::kKeys>(block, i + 1);
     rows.Finish(job, block, next, masked(next), lane);
     const bool grows = rows.Weigh(job, old);
-    ptx::ProductsWait<0>();
+    ptx::ProductsWaitAfter<0>(fminf(rows.sum[0][0], rows.sum[0][1]));
     ptx::Hold(rows.out[0]);
     release(1, stage);
     if (grows) rows.Rescale(old);

@@ -64,6 +64,18 @@ __device__ __forceinline__ void ProductsWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 #endif
 }
+// The same, not before x, which is never negative, is known: ptxas would otherwise wait first and
+// make x, which is what the threads have to do meanwhile, afterwards.
+template <int kGroups>
+__device__ __forceinline__ void ProductsWaitAfter(float x) {
+#ifdef HQMQ_WARPGROUPS
+  asm volatile(
+      "{.reg .pred p; setp.lt.f32 p,%1,0f00000000; @p nanosleep.u32 20; wgmma.wait_group.sync.aligned %0;}" ::"n"(
+          kGroups),
+      "f"(x)
+      : "memory");
+#endif
+}
 // Keeps the compiler from moving uses of accumulators across this place.
 template <int N>
 __device__ __forceinline__ void Hold(float (&c)[N][4]) {
@@ -83,6 +95,11 @@ __device__ __forceinline__ uint64_t Operand(uint32_t at, uint32_t part) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightTokens = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightTokens | static_cast<uint64_t>(part >> 4) << 16 |
          ((at & 0x3FFFFu) >> 4);
+}
+// The same, `bytes` further on. An addition instead of an operand made anew, which takes about as
+// long as a product: shared memory ends before the address's field does.
+__device__ __forceinline__ uint64_t OperandAfter(uint64_t operand, uint32_t bytes) {
+  return operand + (bytes >> 4);
 }
 
 // c [64, N] (+)= a [64, 16] * b, fp16 into float. Warp w of the four has rows 16 w…, its lanes'
