@@ -20,8 +20,9 @@ template <class Shape>
 struct PrefillRows {
   static constexpr int D = Shape::kDim;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeys = Shape::kKeys;
+  static constexpr int kRoundKeys = Shape::kRoundKeys;
   float out[kRowTiles][D / 8][4];
-  float score[kRowTiles][kKeys / 8][4];
+  float score[kRowTiles][kRoundKeys / 8][4];
   float maximum[kRowTiles][2], sum[kRowTiles][2];  // of rows r, r+8; sums: of this lane's columns
   float factor[kRowTiles][2];                      // from products to scores in base 2
 
@@ -211,7 +212,7 @@ struct PrefillRows {
     }
   }
 
-  // Adds the values of a tile that are not finite to the rows that see them.
+  // Adds the values of a tile, one of a round's, that are not finite to the rows that see them.
   __device__ __forceinline__ void AddBadValues(const PrefillJob& job, const PrefillBlock& block,
                                                const TileOf& tile, const uint16_t* value,
                                                int lane) {
@@ -226,7 +227,7 @@ struct PrefillRows {
           for (int n = 0; n < D / 8; ++n)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              const uint16_t x = value[8 * TileUnit<kKeys>(t, n) + 2 * (lane & 3) + k];
+              const uint16_t x = value[8 * TileUnit<kRoundKeys>(t, n) + 2 * (lane & 3) + k];
               if ((x & 0x7C00u) == 0x7C00u) out[m][n][2 * half + k] += FloatFromHalf(x);
             }
         }
