@@ -124,7 +124,11 @@ struct PrefillRows {
 
   __device__ __forceinline__ KeyRange Seen(const PrefillJob& job, const PrefillBlock& block,
                                            const TileOf& tile, int m, int half) const {
-    const int time = Time(job, block, m, half);
+    return SeenAt(Time(job, block, m, half), block, tile);
+  }
+
+  static __device__ __forceinline__ KeyRange SeenAt(int time, const PrefillBlock& block,
+                                                    const TileOf& tile) {
     if (time < 0) return {0, 0};
     return SeenKeys(time, tile.exact, block.page_size, block.window);
   }
@@ -213,14 +217,15 @@ struct PrefillRows {
   }
 
   // Adds the values of a tile, one of a round's, that are not finite to the rows that see them.
-  __device__ __forceinline__ void AddBadValues(const PrefillJob& job, const PrefillBlock& block,
-                                               const TileOf& tile, const uint16_t* value,
-                                               int lane) {
+  // seen_by(m, half): keys that the lane's rows see.
+  template <class SeenBy>
+  __device__ __forceinline__ void AddBadValues(const TileOf& tile, const uint16_t* value, int lane,
+                                               const SeenBy& seen_by) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const KeyRange seen = Seen(job, block, tile, m, half);
+        const KeyRange seen = seen_by(m, half);
         const int begin = seen.first - tile.first, end = seen.end - tile.first;
         for (int t = begin > 0 ? begin : 0; t < (end < kKeys ? end : kKeys); ++t) {
 #pragma unroll

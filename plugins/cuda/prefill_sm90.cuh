@@ -14,6 +14,10 @@ struct alignas(1024) Sm90Shared {
   uint16_t round[2][Shape::kStages][Shape::kRoundHalves];  // K, V
   uint16_t query[Shape::kRows * D];
   float factor[Shape::kRows];
+  int32_t time[Shape::kRows];  // of rows without a token: -1
+  // Here, as registers are few.
+  PrefillBlock block;
+  KeyRange tiles, clear;  // of the split; ClearTiles
   uint64_t full[2][Shape::kStages], empty[2][Shape::kStages];
   // The tile of V has values that are not finite, and hidden keys. Not of clear rounds.
   int32_t bad[Shape::kStages][Shape::kTiles];
@@ -83,11 +87,11 @@ __device__ __forceinline__ void LoadUnclear(const PrefillJob& job, const Prefill
 }
 
 template <int D>
-__device__ __forceinline__ void FetchRounds(const PrefillJob& job, const PrefillBlock& block,
-                                            const KeyRange& tiles, Sm90Shared<D>* shared,
+__device__ __forceinline__ void FetchRounds(const PrefillJob& job, Sm90Shared<D>* shared,
                                             int thread) {
   using Shape = Sm90Shape<D>;
-  const KeyRange clear = ClearTiles<Shape::kKeys>(block, tiles);
+  const PrefillBlock& block = shared->block;
+  const KeyRange tiles = shared->tiles, clear = shared->clear;
   Sm90Stage<Shape> stage;
 #pragma unroll 1
   for (int i = tiles.first; i < tiles.end; i += Shape::kTiles) {
@@ -126,12 +130,12 @@ __device__ __forceinline__ void FetchRounds(const PrefillJob& job, const Prefill
 // Adds values that are not finite to the rows that see them, and makes them 0 for the product. All
 // warps with rows.
 template <int D>
-__device__ __forceinline__ void TakeBadValues(const PrefillJob& job, const PrefillBlock& block,
-                                              const TileOf& tile, uint16_t* value, int lane,
-                                              PrefillRows<Sm90Shape<D>>* rows) {
+__device__ __forceinline__ void TakeBadValues(const PrefillBlock& block, const TileOf& tile,
+                                              uint16_t* value, int lane, Sm90Rows<D>* state) {
   using Shape = Sm90Shape<D>;
   constexpr int kThreads = Shape::kWarps * kWarp;
-  rows->AddBadValues(job, block, tile, value, lane);
+  state->rows.AddBadValues(tile, value, lane,
+                           [&](int, int half) { return state->Seen(block, tile, half); });
   ptx::SyncThreads(kRowsBarrier, kThreads);
   for (int at = threadIdx.x; at < Shape::kTileHalves; at += kThreads) {
     uint16_t& x = value[at / Shape::kTilePart * Shape::kRoundPart + at % Shape::kTilePart];
@@ -142,16 +146,17 @@ __device__ __forceinline__ void TakeBadValues(const PrefillJob& job, const Prefi
 }
 
 template <int D>
-__device__ __forceinline__ void AttendRounds(const PrefillJob& job, const PrefillBlock& block,
-                                             const KeyRange& tiles, Sm90Shared<D>* shared, int warp,
+__device__ __forceinline__ void AttendRounds(const PrefillJob& job, Sm90Shared<D>* shared, int warp,
                                              int lane, float* part) {
   using Shape = Sm90Shape<D>;
-  const KeyRange clear = ClearTiles<Shape::kKeys>(block, tiles);
+  const PrefillBlock& block = shared->block;
+  const KeyRange tiles = shared->tiles, clear = shared->clear;
   LoadQueries<Shape>(job, block, shared->query, shared->factor, warp, lane);
-  __syncwarp();
   Sm90Rows<D> state;
   PrefillRows<Shape>& rows = state.rows;
   rows.Clear();
+  state.StoreTimes(job, block, shared->time, warp, lane);
+  __syncwarp();
   state.LoadQuery(shared->query, warp, lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -175,8 +180,8 @@ __device__ __forceinline__ void AttendRounds(const PrefillJob& job, const Prefil
 #pragma unroll 1
       for (int n = 0; n < Shape::kTiles; ++n) {
         if (!shared->bad[stage.index][n]) continue;
-        TakeBadValues<D>(job, block, TileNumber<Shape::kKeys>(block, i + n),
-                         value + n * Shape::kTilePart, lane, &rows);
+        TakeBadValues<D>(block, TileNumber<Shape::kKeys>(block, i + n),
+                         value + n * Shape::kTilePart, lane, &state);
       }
     }
     return value;
@@ -189,7 +194,7 @@ __device__ __forceinline__ void AttendRounds(const PrefillJob& job, const Prefil
 #pragma unroll
       for (int n = 0; n < Shape::kTiles; ++n) {
         const TileOf tile = TileNumber<Shape::kKeys>(block, i + n);
-        state.Mask(job, block, tile, i + n >= tiles.end, n, lane);
+        state.Mask(block, tile, i + n >= tiles.end, n, lane);
       }
     }
     return state.Weigh(job, old);
@@ -257,6 +262,9 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
   if (tiles.first >= tiles.end) return;
 
   if (threadIdx.x == 0) {
+    shared->block = block;
+    shared->tiles = tiles;
+    shared->clear = ClearTiles<Shape::kKeys>(block, tiles);
     for (int role = 0; role < 2; ++role)
       for (int stage = 0; stage < Shape::kStages; ++stage) {
         ptx::InitBarrier(ptx::SharedAddress(&shared->full[role][stage]), 1);
@@ -266,16 +274,16 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1)
   }
   __syncthreads();
   if (warp >= Shape::kWarps) {
-    ptx::FewerRegisters<40>();
-    FetchRounds<D>(job, block, tiles, shared, threadIdx.x - Shape::kWarps * kWarp);
+    ptx::FewerRegisters<56>();
+    FetchRounds<D>(job, shared, threadIdx.x - Shape::kWarps * kWarp);
   } else {
-    ptx::MoreRegisters<232>();
+    ptx::MoreRegisters<224>();
     float* part = nullptr;
     if (job.splits > 1) {
       part = job.parts +
              (static_cast<int64_t>(blockIdx.x) * job.splits + split) * (Shape::kRows * (D + 2));
     }
-    AttendRounds<D>(job, block, tiles, shared, warp, lane, part);
+    AttendRounds<D>(job, shared, warp, lane, part);
   }
 #endif
 }

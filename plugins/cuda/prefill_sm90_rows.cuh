@@ -39,6 +39,7 @@ struct Sm90Rows {
   static constexpr int kTileSteps = Shape::kKeys / 16, kColumns = Shape::kRoundKeys / 8;
   PrefillRows<Shape> rows;
   uint32_t query[D / 16][4], weight[Shape::kRoundKeys / 16][4];
+  uint32_t times;  // address of the row's time; that of row + 8 follows 8 further on
 
   // From LoadQueries.
   __device__ __forceinline__ void LoadQuery(const uint16_t* from, int warp, int lane) {
@@ -52,6 +53,24 @@ struct Sm90Rows {
       query[step][2] = x.z;
       query[step][3] = x.w;
     }
+  }
+
+  // Times of the lane's rows, to where they are read when needed: registers are few.
+  __device__ __forceinline__ void StoreTimes(const PrefillJob& job, const PrefillBlock& block,
+                                             int32_t* to, int warp, int lane) {
+    const int row = warp * Shape::kWarpRows + (lane >> 2);
+    times = ptx::SharedAddress(to + row);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int time = rows.Time(job, block, 0, half);
+      if ((lane & 3) == 0) to[row + 8 * half] = time;
+    }
+  }
+
+  __device__ __forceinline__ KeyRange Seen(const PrefillBlock& block, const TileOf& tile,
+                                           int half) const {
+    const int time = static_cast<int>(ptx::LoadShared32(times + 4 * 8 * half));
+    return PrefillRows<Shape>::SeenAt(time, block, tile);
   }
 
   // Starts scores = queries * keys.
@@ -89,29 +108,34 @@ struct Sm90Rows {
   // Products to scores in base 2; unless IsGeneral, divided by the row's factor.
   __device__ __forceinline__ void Cap(const PrefillJob& job) {
     if (!PrefillRows<Shape>::IsGeneral(job)) return;
+    const float softcap = job.attention.softcap, cap = softcap * 1.44269504f;
+    const bool capped = softcap > 0.0f;
+    float multiplier[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      multiplier[half] = capped ? rows.factor[0][half] * (2.0f / softcap) : rows.factor[0][half];
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) rows.score[0][n][k] *= rows.factor[0][k / 2];
-    const float cap = job.attention.softcap * 1.44269504f, per_cap = 2.0f / job.attention.softcap;
-    if (!(cap > 0.0f)) return;
+      for (int k = 0; k < 4; ++k) rows.score[0][n][k] *= multiplier[k / 2];
+    if (!capped) return;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {  // e^(2 x / softcap)
         float& x = rows.score[0][n][k];
-        x = cap - __fdividef(2.0f * cap, ptx::Exp2(x * per_cap) + 1.0f);
+        x = cap - __fdividef(2.0f * cap, ptx::Exp2(x) + 1.0f);
       }
   }
 
   // Scores of keys that a row does not see to -infinity, of the n-th tile of a round; none are seen
   // of a tile that is missing.
-  __device__ __forceinline__ void Mask(const PrefillJob& job, const PrefillBlock& block,
-                                       const TileOf& tile, bool missing, int n, int lane) {
+  __device__ __forceinline__ void Mask(const PrefillBlock& block, const TileOf& tile, bool missing,
+                                       int n, int lane) {
     const int first_column = tile.first + 2 * (lane & 3);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const KeyRange seen = rows.Seen(job, block, tile, 0, half);
+      const KeyRange seen = Seen(block, tile, half);
       const int begin = seen.first - first_column, end = missing ? 0 : seen.end - first_column;
 #pragma unroll
       for (int at = 0; at < Shape::kKeys / 8; ++at)
