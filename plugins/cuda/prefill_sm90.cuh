@@ -8,8 +8,9 @@
 namespace hqmq {
 namespace cuda {
 
+// At a multiple of 1024 bytes.
 template <int D>
-struct alignas(1024) Sm90Shared {
+struct alignas(16) Sm90Shared {
   using Shape = Sm90Shape<D>;
   uint16_t round[2][Shape::kStages][Shape::kRoundHalves];  // K, V
   uint16_t query[Shape::kRows * D];
@@ -22,6 +23,10 @@ struct alignas(1024) Sm90Shared {
   // The tile of V has values that are not finite, and hidden keys. Not of clear rounds.
   int32_t bad[Shape::kStages][Shape::kTiles];
 };
+
+template <int D>
+constexpr size_t kSm90SharedBytes = sizeof(Sm90Shared<D>) + 1024;
+static_assert(kSm90SharedBytes<128> <= 227 * 1024, "what a block may have on sm_90");
 
 constexpr int kProducerBarrier = 1, kRowsBarrier = 2;  // of ptx::SyncThreads
 
@@ -111,7 +116,11 @@ __device__ __forceinline__ void FetchRounds(const PrefillJob& job, Sm90Shared<D>
       if (thread == 0) {
         const int coded = block.coded_tiles - i;  // of the round, the first ones
         const int copies = coded < 0 ? 0 : coded < count ? coded : count;
-        ptx::BarrierExpect(full, copies * (2 * Shape::kTileHalves));
+        if (copies) {
+          ptx::BarrierExpect(full, copies * (2 * Shape::kTileHalves));
+        } else {
+          ptx::ArriveAt(full);
+        }
 #pragma unroll 1
         for (int n = 0; n < copies; ++n) {
           const uint16_t* tile = from + int64_t{TileNumber<Shape::kKeys>(block, i + n).first} * D;
@@ -293,8 +302,7 @@ template <int D>
 Status LaunchSm90Kernel(const PrefillJob& job, cudaStream_t stream) {
   const AttentionJob& a = job.attention;
   const dim3 grid(static_cast<unsigned>(job.lanes) * a.head_blocks * a.row_blocks, job.splits);
-  return Launch(Sm90Kernel<D>, grid, Sm90Shape<D>::kThreads, sizeof(Sm90Shared<D>) + 1024, stream,
-                job);
+  return Launch(Sm90Kernel<D>, grid, Sm90Shape<D>::kThreads, kSm90SharedBytes<D>, stream, job);
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // The PTX of warpgroups (sm_90a): matrix products that read their second operand from shared memory
 // while the threads go on.
-#pragma once
+#ifndef HQMQ_WGMMA_CUH_
+#define HQMQ_WGMMA_CUH_
 
 #include "ptx.cuh"
 
@@ -157,3 +158,5 @@ __device__ __forceinline__ void MultiplyAsync(float (&c)[16][4], const uint32_t 
 }  // namespace ptx
 }  // namespace cuda
 }  // namespace hqmq
+
+#endif  // HQMQ_WGMMA_CUH_
