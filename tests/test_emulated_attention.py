@@ -98,7 +98,7 @@ def test_prefill_splits_a_long_context(prefill: EmulatedGpu) -> None:
 
 
 def test_prefill_splits_of_odd_tiles(emulated: EmulatedGpu) -> None:
-    """Two splits of five tiles: the last round of wgmma's first one has one tile, and the next is of the other split."""
+    """Two splits of five tiles: wgmma's last round of the first has one tile, and the next is of the other split."""
     case = Attention("hq3", 64, 132, 1, past=(590,), capacity=640, dtype=torch.float16)
     answers = []
     for emulated.major in (8, 9):

@@ -6,7 +6,7 @@
 #include "ptx.cuh"
 
 // Where these instructions exist; elsewhere the functions do nothing and no kernel may call them.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HQMQ_WARPGROUPS 1
 #endif
 
