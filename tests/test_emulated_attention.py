@@ -98,8 +98,8 @@ def test_prefill_splits_a_long_context(prefill: EmulatedGpu) -> None:
 
 
 def test_prefill_splits_of_odd_tiles(emulated: EmulatedGpu) -> None:
-    """Two splits of five tiles: wgmma's last round of the first has one tile, and the next is of the other split."""
-    case = Attention("hq3", 64, 132, 1, past=(590,), capacity=640, dtype=torch.float16)
+    """Two splits of seven tiles: wgmma's fourth round of the first has one tile, and the next is of the other split."""
+    case = Attention("hq3", 64, 132, 1, past=(870,), capacity=896, dtype=torch.float16)
     answers = []
     for emulated.major in (8, 9):
         emulated.use()
