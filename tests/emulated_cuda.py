@@ -67,17 +67,19 @@ class EmulatedGpu:
     Attributes:
         library: of the C interface, and of hqmq_emulation_*.
         device: where its tensors lie.
+        major: of its compute capability. Prefill takes the kernel of sm_80, or with 9 that of sm_90.
     """
 
     library: CDLL
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    major: int = 8
 
     def use(self, seed: int = 0, multiprocessors: int = 3, shared_limit: int = SHARED_MEMORY["227 KB"]) -> None:
-        """From now on, calls find such a GPU, for which prefill takes the kernel of sm_80.
+        """From now on, calls find such a GPU.
 
         seed: of the order in which threads, blocks and copies run, which is another in each launch.
         """
-        self.library.hqmq_emulation_gpu(seed, multiprocessors, shared_limit, 8)
+        self.library.hqmq_emulation_gpu(seed, multiprocessors, shared_limit, self.major)
 
     def run_kernel(self, name: str, given: Tensor) -> Tensor:
         """What a kernel of tests/cuda_emulation/faults.cu, 64 threads, makes of int32 [256]: int32 [64].

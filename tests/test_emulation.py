@@ -13,7 +13,7 @@ from tests.codec_cases import lengths
 from tests.emulated_cuda import EmulatedGpu
 
 SEEDS = range(12)
-RIGHT = {"exchange": 33, "copy": 0, "bulk copy": 0}
+RIGHT = {"exchange": 33, "copy": 0, "bulk copy": 0, "product": 0}
 """Kernels and how many elements further a thread's result lies."""
 WRONG = {
     "divergent shuffle": r"its warp diverges: it is at (a shuffle|__syncwarp), faults\.cu:\d+, and thread \d+ at",
@@ -22,7 +22,9 @@ WRONG = {
     "two barriers": r"at __syncthreads, faults\.cu:\d+, and thread \d+ at another",
     "copy, one group awaited": "where a copy has not been waited for",
     "bulk copy, other bytes expected": "no thread can go on: .* waiting for a phase of a barrier",
-    "bulk copy over unfenced stores": "stored without a fence",
+    "bulk copy over unfenced stores": "a bulk copy to where a thread stored without a fence",
+    "product of unfenced stores": "a product of what a thread stored without a fence",
+    "named barrier of one warp": "no thread can go on: 32 .* waiting for a barrier of some threads",
     "store behind": "reaches beyond the block: 4 bytes at 2048 of 2048 bytes",
     "load behind by pointer": "reads or writes 2048 bytes from the beginning of 2048 bytes of shared memory",
     "store before by pointer": "wrote 4 bytes before the shared memory",
@@ -30,7 +32,12 @@ WRONG = {
     "null pointer": "thread 5: it reads or writes memory that is not there",
 }
 """Kernels that fail in every order of threads, and words of the reason."""
-RACES = {"exchange without a barrier": 33, "copy without a barrier": 0, "bulk copy, not awaited": 0}
+RACES = {
+    "exchange without a barrier": 33,
+    "copy without a barrier": 0,
+    "bulk copy, not awaited": 0,
+    "product without a barrier": 0,
+}
 """Kernels that fail or are wrong in some orders, and right in others."""
 
 

@@ -24,7 +24,7 @@ set(HQMQ_CUDA_SOURCES
     prefill_decode.cu
     transfer.cu
 )
-# With instructions of sm_90 for warpgroups, which the CPU has not.
+# With instructions for warpgroups: for sm_90a only, and for the CPU.
 set(HQMQ_CUDA_SM90_SOURCES
     prefill_sm90_d128.cu
     prefill_sm90_d64.cu

@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(PrefillShape<D>::kThreads, 2)
         bad = bad || AnyBad(ptx::LoadShared128(ptx::SharedAddress(value + 8 * unit)));
       }
       if (__syncthreads_or(bad)) {
-        rows.AddBadValues(job, block, tile, value, lane);
+        rows.AddBadValues(tile, value, lane,
+                          [&](int m, int half) { return rows.Seen(job, block, tile, m, half); });
         __syncthreads();
         for (int at = threadIdx.x; at < Shape::kTileHalves; at += Shape::kThreads)
           if ((value[at] & 0x7C00u) == 0x7C00u) value[at] = 0;

@@ -20,8 +20,9 @@ template <class Shape>
 struct PrefillRows {
   static constexpr int D = Shape::kDim;
   static constexpr int kRowTiles = Shape::kRowTiles, kKeys = Shape::kKeys;
+  static constexpr int kRoundKeys = Shape::kRoundKeys;
   float out[kRowTiles][D / 8][4];
-  float score[kRowTiles][kKeys / 8][4];
+  float score[kRowTiles][kRoundKeys / 8][4];
   float maximum[kRowTiles][2], sum[kRowTiles][2];  // of rows r, r+8; sums: of this lane's columns
   float factor[kRowTiles][2];                      // from products to scores in base 2
 
@@ -123,7 +124,11 @@ struct PrefillRows {
 
   __device__ __forceinline__ KeyRange Seen(const PrefillJob& job, const PrefillBlock& block,
                                            const TileOf& tile, int m, int half) const {
-    const int time = Time(job, block, m, half);
+    return SeenAt(Time(job, block, m, half), block, tile);
+  }
+
+  static __device__ __forceinline__ KeyRange SeenAt(int time, const PrefillBlock& block,
+                                                    const TileOf& tile) {
     if (time < 0) return {0, 0};
     return SeenKeys(time, tile.exact, block.page_size, block.window);
   }
@@ -211,22 +216,23 @@ struct PrefillRows {
     }
   }
 
-  // Adds the values of a tile that are not finite to the rows that see them.
-  __device__ __forceinline__ void AddBadValues(const PrefillJob& job, const PrefillBlock& block,
-                                               const TileOf& tile, const uint16_t* value,
-                                               int lane) {
+  // Adds the values of a tile, one of a round's, that are not finite to the rows that see them.
+  // seen_by(m, half): keys that the lane's rows see.
+  template <class SeenBy>
+  __device__ __forceinline__ void AddBadValues(const TileOf& tile, const uint16_t* value, int lane,
+                                               const SeenBy& seen_by) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const KeyRange seen = Seen(job, block, tile, m, half);
+        const KeyRange seen = seen_by(m, half);
         const int begin = seen.first - tile.first, end = seen.end - tile.first;
         for (int t = begin > 0 ? begin : 0; t < (end < kKeys ? end : kKeys); ++t) {
 #pragma unroll
           for (int n = 0; n < D / 8; ++n)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
-              const uint16_t x = value[8 * TileUnit<kKeys>(t, n) + 2 * (lane & 3) + k];
+              const uint16_t x = value[8 * TileUnit<kRoundKeys>(t, n) + 2 * (lane & 3) + k];
               if ((x & 0x7C00u) == 0x7C00u) out[m][n][2 * half + k] += FloatFromHalf(x);
             }
         }

@@ -16,7 +16,8 @@ struct PrefillShape {
   static constexpr int kRowTiles = D > 128 ? 1 : 2;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kKeys = D > 128 ? 32 : 64;
+  static constexpr int kKeys = D > 128 ? 32 : 64;  // of a tile
+  static constexpr int kRoundKeys = kKeys;         // of the tiles that are weighed together
   static constexpr int kTileHalves = kKeys * D;
   static constexpr int kTileBytes = 2 * kTileHalves;
   static constexpr int kUnits = kTileHalves / 8;  // of 16 bytes
@@ -61,8 +62,9 @@ __device__ __forceinline__ bool AnyBad(uint4 x) {
   return AnyBad(x.x) || AnyBad(x.y) || AnyBad(x.z) || AnyBad(x.w);
 }
 
-// Exact tokens of one role → a tile; 0 where no row looks. By kThreads threads, of which this is
-// `thread`; synchronise before reading. Returns whether this thread met NaN or infinity.
+// Exact tokens of one role → a tile of a round's; 0 where no row looks. By kThreads threads, of
+// which this is `thread`; synchronise before reading. Returns whether this thread met NaN or
+// infinity.
 template <class Shape, int kThreads>
 __device__ __forceinline__ bool LoadExact(const PrefillJob& job, const PrefillBlock& block,
                                           int role, int first, uint16_t* to, int thread) {
@@ -83,7 +85,7 @@ __device__ __forceinline__ bool LoadExact(const PrefillJob& job, const PrefillBl
       x = EightHalves(tail, row * d, 8 * unit, d, job.wide_tail[role]);
     }
     bad = bad || AnyBad(x);
-    ptx::StoreShared128(ptx::SharedAddress(to + 8 * TileUnit<Shape::kKeys>(t, unit)), x);
+    ptx::StoreShared128(ptx::SharedAddress(to + 8 * TileUnit<Shape::kRoundKeys>(t, unit)), x);
   }
   return bad;
 }

@@ -1,7 +1,7 @@
 // The PTX that the kernels use, one small function an instruction. Nothing but wgmma.cuh holds
-// inline assembly beside it, so that the emulation on the CPU (tests/cuda_emulation) replaces this
-// file only: by its guard. Shared memory is addressed by 32-bit addresses of the shared window
-// (SharedAddress).
+// inline assembly beside it, so that the emulation on the CPU (tests/cuda_emulation) replaces these
+// two files only: by their guards. Shared memory is addressed by 32-bit addresses of the shared
+// window (SharedAddress).
 #ifndef HQMQ_PTX_CUH_
 #define HQMQ_PTX_CUH_
 

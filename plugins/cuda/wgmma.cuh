@@ -1,11 +1,12 @@
 // The PTX of warpgroups (sm_90a): matrix products that read their second operand from shared memory
 // while the threads go on.
-#pragma once
+#ifndef HQMQ_WGMMA_CUH_
+#define HQMQ_WGMMA_CUH_
 
 #include "ptx.cuh"
 
 // Where these instructions exist; elsewhere the functions do nothing and no kernel may call them.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HQMQ_WARPGROUPS 1
 #endif
 
@@ -31,6 +32,10 @@ __device__ __forceinline__ void FenceProducts() {
 // All of `count` threads of the block that name the same id.
 __device__ __forceinline__ void SyncThreads(int id, int count) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(count) : "memory");
+}
+// The same, by those that do not wait for the others.
+__device__ __forceinline__ void ArriveThreads(int id, int count) {
+  asm volatile("bar.arrive %0,%1;" ::"r"(id), "r"(count) : "memory");
 }
 template <int kRegisters>
 __device__ __forceinline__ void MoreRegisters() {
@@ -70,8 +75,8 @@ template <int kGroups>
 __device__ __forceinline__ void ProductsWaitAfter(float x) {
 #ifdef HQMQ_WARPGROUPS
   asm volatile(
-      "{.reg .pred p; setp.lt.f32 p,%1,0f00000000; @p nanosleep.u32 20; wgmma.wait_group.sync.aligned %0;}" ::"n"(
-          kGroups),
+      "{.reg .pred p; setp.lt.f32 p,%1,0f00000000; @p nanosleep.u32 20; "
+      "wgmma.wait_group.sync.aligned %0;}" ::"n"(kGroups),
       "f"(x)
       : "memory");
 #endif
@@ -89,7 +94,7 @@ __device__ __forceinline__ void Hold(float (&c)[N][4]) {
 
 // Second operand in shared memory: parts of 64 elements, 128 bytes a token, whose 16-byte units lie
 // at unit ^ (token & 7); the parts start at multiples of 1024 bytes, `part` bytes apart. Products
-// over elements (64 tokens are its columns): `at` is the first of 16 elements. Products over tokens
+// over elements (tokens are its columns): `at` is the first of 16 elements. Products over tokens
 // (elements are its columns): `at` is the first of 16 tokens.
 __device__ __forceinline__ uint64_t Operand(uint32_t at, uint32_t part) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightTokens = uint64_t{1024 >> 4} << 32;
@@ -103,50 +108,31 @@ __device__ __forceinline__ uint64_t OperandAfter(uint64_t operand, uint32_t byte
 }
 
 // c [64, N] (+)= a [64, 16] * b, fp16 into float. Warp w of the four has rows 16 w…, its lanes'
-// registers as of Mma: c[n] columns 8 n….
-// b: 64 tokens by 16 elements.
-template <bool kAdd>
-__device__ __forceinline__ void MultiplyKeys(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
+// registers as of Mma: c[n] columns 8 n…. kTokens: over 16 tokens, the columns are elements; else
+// over 16 elements, the columns are tokens.
+template <bool kAdd, bool kTokens>
+__device__ __forceinline__ void MultiplyAsync(float (&c)[8][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
 #ifdef HQMQ_WARPGROUPS
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p,%37,0; "
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
       "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-      "{%32,%33,%34,%35},%36,p,1,1,0;}"
+      "{%32,%33,%34,%35},%36,p,1,1,%38;}"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
         "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
         "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
         "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
         "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
         "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0),
+        "n"(kTokens ? 1 : 0));
 #endif
 }
-// b: 16 tokens by 64 or 128 elements.
-template <bool kAdd>
-__device__ __forceinline__ void MultiplyValues(float (&c)[8][4], const uint32_t (&a)[4],
-                                               uint64_t b) {
-#ifdef HQMQ_WARPGROUPS
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p,%37,0; "
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-      "{%32,%33,%34,%35},%36,p,1,1,1;}"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
-        "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
-        "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
-        "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-        "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]),
-        "+f"(c[7][2]), "+f"(c[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
-#endif
-}
-
-template <bool kAdd>
-__device__ __forceinline__ void MultiplyValues(float (&c)[16][4], const uint32_t (&a)[4],
-                                               uint64_t b) {
+template <bool kAdd, bool kTokens>
+__device__ __forceinline__ void MultiplyAsync(float (&c)[16][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
 #ifdef HQMQ_WARPGROUPS
   asm volatile(
       "{.reg .pred p; setp.ne.b32 p,%69,0; "
@@ -155,7 +141,7 @@ __device__ __forceinline__ void MultiplyValues(float (&c)[16][4], const uint32_t
       "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
       "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"
-      "{%64,%65,%66,%67},%68,p,1,1,1;}"
+      "{%64,%65,%66,%67},%68,p,1,1,%70;}"
       : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]),
         "+f"(c[1][2]), "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
         "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]),
@@ -168,10 +154,13 @@ __device__ __forceinline__ void MultiplyValues(float (&c)[16][4], const uint32_t
         "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]), "+f"(c[14][0]),
         "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]),
         "+f"(c[15][2]), "+f"(c[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0),
+        "n"(kTokens ? 1 : 0));
 #endif
 }
 
 }  // namespace ptx
 }  // namespace cuda
 }  // namespace hqmq
+
+#endif  // HQMQ_WGMMA_CUH_

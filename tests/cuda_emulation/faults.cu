@@ -2,7 +2,7 @@
 #include <cstring>
 
 #include "launch.h"
-#include "ptx.cuh"
+#include "wgmma.cuh"
 
 namespace hqmq {
 namespace cuda {
@@ -97,6 +97,32 @@ __global__ void CopyInBulk(const __grid_constant__ FaultJob job) {
   job.out[threadIdx.x] = ptx::LoadShared32(at + 4 * threadIdx.x);
 }
 
+enum class Product { kRight, kUnfenced, kUnmet, kOneWarp };
+
+// Row r of a is 1 in column r alone: each warp's product has b's rows, of which it keeps a part.
+template <Product kind>
+__global__ void MultiplyStored(const __grid_constant__ FaultJob job) {
+  const uint32_t at = Base();
+  const int token = threadIdx.x / 4, r = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+  for (int unit = 2 * j; unit < 2 * j + 2; ++unit) {
+    uint32_t x[4];
+    for (int k = 0; k < 4; ++k)
+      x[k] = unit < 2 ? ptx::PackHalf(static_cast<float>(job.in[32 * unit + 4 * token + k]), 0) : 0;
+    ptx::StoreShared128(at + 128 * token + 16 * (unit ^ (token & 7)),
+                        make_uint4(x[0], x[1], x[2], x[3]));
+  }
+  if (kind != Product::kUnfenced) ptx::FenceProducts();
+  if (kind != Product::kUnmet && (kind != Product::kOneWarp || threadIdx.x < 32))
+    ptx::SyncThreads(1, kThreads);
+  const uint32_t a[4] = {ptx::PackHalf(2 * j == r, 2 * j + 1 == r), 0, 0, 0};
+  float c[8][4];
+  ptx::ProductsBegin();
+  ptx::MultiplyAsync<false, true>(c, a, ptx::Operand(at, kSharedBytes));
+  ptx::ProductsCommit();
+  ptx::ProductsWait<0>();
+  job.out[threadIdx.x] = static_cast<uint32_t>(threadIdx.x < 32 ? c[0][0] : c[1][0]);
+}
+
 __global__ void StoreBehind(const __grid_constant__ FaultJob job) {
   ptx::StoreShared32(Base() + kSharedBytes - 4 * 63 + 4 * threadIdx.x, job.in[threadIdx.x]);
 }
@@ -128,6 +154,10 @@ constexpr Named kKernels[] = {
     {"exchange", Exchange},
     {"copy", Copy<0, true>},
     {"bulk copy", CopyInBulk<Bulk::kRight>},
+    {"product", MultiplyStored<Product::kRight>},
+    {"product of unfenced stores", MultiplyStored<Product::kUnfenced>},
+    {"product without a barrier", MultiplyStored<Product::kUnmet>},
+    {"named barrier of one warp", MultiplyStored<Product::kOneWarp>},
     {"exchange without a barrier", ExchangeWithoutBarrier},
     {"divergent shuffle", DivergentShuffle},
     {"shuffle by half a warp", ShuffleByHalfAWarp},

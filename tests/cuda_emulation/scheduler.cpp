@@ -55,9 +55,14 @@ struct BlockMeeting {
   bool any[2], all[2];
 };
 
+struct NamedMeeting {
+  int count = 0, arrived = 0, generation = 0;
+};
+
 std::array<Fiber, kMostThreads> fibers;
 std::array<WarpMeeting, kMostThreads / kWarp> warps;
 BlockMeeting syncs;
+std::array<NamedMeeting, 16> named;
 jmp_buf scheduler;
 ucontext_t scheduler_start;
 int current = -1;  // thread that runs; -1: the scheduler
@@ -229,6 +234,7 @@ std::string RunBlock(uint32_t shared) {
   for (auto& list : ready) list.clear();
   for (auto& warp : warps) warp.arrived = warp.absent = 0;
   syncs = {};
+  named = {};
   syncs.all[0] = syncs.all[1] = true;
   live = threads;
   for (int i = 0; i < threads; ++i) {
@@ -339,6 +345,21 @@ void SleepUntil(const std::function<bool()>& done, const char* what, Site site) 
     fiber.what = what;
     sleepers.push_back(current);
     Leave(State::kSleeps);
+  }
+}
+
+void NamedBarrier(int id, int count, bool wait, Site site) {
+  NamedMeeting& meeting = named.at(id);
+  if (meeting.arrived == 0) meeting.count = count;
+  if (count % kWarp || meeting.count != count)
+    Fail("threads name other numbers of threads at a barrier", site);
+  const int generation = meeting.generation;
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+    WakeSleepers();
+  } else if (wait) {
+    SleepUntil([&] { return meeting.generation != generation; }, "a barrier of some threads", site);
   }
 }
 

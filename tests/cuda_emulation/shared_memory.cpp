@@ -38,6 +38,11 @@ struct Copies {
   std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // addresses and bytes of its stores
 };
 std::array<Copies, kMostThreads> copies;
+struct Products {
+  std::deque<std::vector<std::function<void()>>> groups;
+  std::vector<std::function<void()>> open;
+};
+std::array<Products, kMostThreads> products;
 std::vector<Copy> bulk;
 
 // In 8 bytes of shared memory.
@@ -141,6 +146,15 @@ void Store(uint32_t address, const void* from, uint32_t bytes, Site site) {
   MarkUnfenced(address, bytes);
 }
 
+void LoadOperand(uint32_t address, void* to, uint32_t bytes, Site site) {
+  EachState(address, bytes, [&](uint8_t state) {
+    if (state & kUnfenced)
+      Fail("a product of what a thread stored without a fence after it: " + Range(address, bytes),
+           site);
+  });
+  Load(address, to, bytes, site);
+}
+
 void CheckAligned(const void* pointer, uint32_t bytes, Site site) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes)
     Fail("a global address is no multiple of " + std::to_string(bytes), site);
@@ -166,6 +180,24 @@ void CopyWait(int groups) {
   Copies& own = copies[Thread()];
   while (own.groups.size() > static_cast<size_t>(groups)) {
     for (const Copy& copy : own.groups.front()) Deliver(copy);
+    own.groups.pop_front();
+  }
+}
+
+void AddProduct(const std::function<void()>& product) {
+  products[Thread()].open.push_back(product);
+}
+
+void CommitProducts() {
+  Products& own = products[Thread()];
+  own.groups.push_back(std::move(own.open));
+  own.open.clear();
+}
+
+void WaitProducts(int groups) {
+  Products& own = products[Thread()];
+  while (own.groups.size() > static_cast<size_t>(groups)) {
+    for (const auto& product : own.groups.front()) product();
     own.groups.pop_front();
   }
 }
@@ -251,6 +283,7 @@ void ForgetCopies(int thread) {
   copies[thread].groups.clear();
   copies[thread].open.clear();
   copies[thread].unfenced.clear();
+  products[thread] = {};
 }
 
 std::string SharedFault(const void* address) {

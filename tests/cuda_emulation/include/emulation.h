@@ -61,6 +61,9 @@ T Shown(const char* all, int lane, int index = 0) {
 enum class Sync { kPlain, kAnd, kOr };
 bool Syncthreads(Sync kind, bool mine, Site site);
 
+// bar.sync with an id (bar.arrive: if not `wait`) of `count` threads of the block.
+void NamedBarrier(int id, int count, bool wait, Site site);
+
 // Sleeps until `done`, which other threads or copies bring about.
 void SleepUntil(const std::function<bool()>& done, const char* what, Site site);
 // Lets all sleepers look again.
@@ -78,12 +81,19 @@ uint32_t AddressOf(const void* pointer, Site site);
 // What is loaded and stored: within the block's dynamic memory, aligned, not under a copy.
 void Load(uint32_t address, void* to, uint32_t bytes, Site site);
 void Store(uint32_t address, const void* from, uint32_t bytes, Site site);
+// The same for products, which see only stores with a fence after them.
+void LoadOperand(uint32_t address, void* to, uint32_t bytes, Site site);
 
 // Asynchronous copies of this thread: the data comes when the thread waits for the group, and until
 // then nobody may load or store there.
 void CopyAsync(uint32_t to, const void* from, uint32_t bytes, Site site);
 void CopyCommit();
 void CopyWait(int groups);
+
+// Products of this thread's warp, in groups: made when the thread waits for their group.
+void AddProduct(const std::function<void()>& product);
+void CommitProducts();
+void WaitProducts(int groups);
 
 // mbarriers and bulk copies, which come at any time.
 void BarrierInit(uint32_t barrier, uint32_t count, Site site);
