@@ -112,13 +112,17 @@ def show_sheets(sheets: Sequence[Sheet]) -> None:
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Microseconds over context: a panel for each batch of the usual shape, or of the first one measured."""
+    """Microseconds over context: a panel for each batch of the usual shape, or of the first one measured.
+
+    Ours in colours, baselines in grey; those of other memory layouts (`…_packed`) are in the table only.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if row["kind"] in ("fp16", "fp8", "int4", "ours") and "us" in row]
+    kinds = ("fp16", "fp8", "int4", "ours")
+    timed = [r for r in rows if r["kind"] in kinds and "us" in r and not r["case"].endswith("_packed")]
     if not timed:
         return
     shapes = {(row["head_dim"], row["group"]) for row in timed}
@@ -128,14 +132,22 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     figure, axes = pyplot.subplots(
         1, len(batches), figsize=(6 * len(batches), 4.5), layout="constrained", squeeze=False
     )
+    cases = list(dict.fromkeys((row["kind"], row["case"]) for row in timed))
+    others = [case for case in cases if case[0] != "ours"]
     for axis, batch in zip(axes[0], batches, strict=True):
-        for kind, name in dict.fromkeys((row["kind"], row["case"]) for row in timed):
+        for kind, name in cases:
             points = sorted(
                 (r["context"], r["us"]) for r in timed if (r["kind"], r["case"], r["batch"]) == (kind, name, batch)
             )
-            if points:
-                line = "-" if kind == "ours" else "--"
-                axis.plot(*zip(*points, strict=True), marker="o", linestyle=line, label=name)
+            if not points:
+                continue
+            look: dict[str, Any] = {"marker": "o", "linewidth": 2}
+            if kind != "ours":
+                at = others.index((kind, name))
+                look = {"marker": "sv^DPX*<>p"[at % 10], "linestyle": "--", "linewidth": 1}
+                look["color"] = str(0.1 + 0.6 * at / len(others))
+            label = name if kind in ("ours", "int4") or kind in name else f"{name} {kind}"
+            axis.plot(*zip(*points, strict=True), markersize=5, label=label, **look)
         axis.set(yscale="log", xlabel="tokens in the cache", ylabel="us", title=f"batch {batch}")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)

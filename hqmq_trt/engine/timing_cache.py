@@ -57,6 +57,7 @@ def attach(config: Any, path: Path, note: Callable[[str], None]) -> Any:
     """Give a builder config the timing cache of a file, or an empty one; return the cache.
 
     A file that TensorRT does not take (damaged, or of another version or GPU) is said in a note and replaced by `save`.
+    TensorRT 10.6 takes a damaged one without a word, and `save` replaces it.
     """
     content = read(path)
     if content:
