@@ -171,7 +171,7 @@ class Ours:
         self.k, self.v = (x.expand(shape.batch, -1, -1, -1) for x in new)
         self.new = int32([shape.tokens] * shape.batch, device)
 
-    def _call(self, copy: int, past: Tensor, count: int | None = None) -> list[Any]:
+    def arguments(self, copy: int, past: Tensor, count: int | None = None) -> list[Any]:
         """Arguments of attend, of the first `count` sequences of a copy."""
         count = self.shape.batch if count is None else count
         rows = slice(copy * self.shape.batch, copy * self.shape.batch + count)
@@ -184,7 +184,7 @@ class Ours:
         at = self.shape.context - self.shape.tokens if fill else self.past
         past = int32([at] * self.shape.batch, self.device)
         run = cuda.attend if self.device.type == "cuda" else native_attention.attend
-        calls = [self._call(copy, past) for copy in range(self.copies)]
+        calls = [self.arguments(copy, past) for copy in range(self.copies)]
 
         def step_of(arguments: list[Any]) -> Step:
             return lambda: run(*arguments)
@@ -239,7 +239,7 @@ class Ours:
         """Relative error of a step's output against float32 attention over the same bytes, of a few sequences."""
         count = min(CHECKED, self.shape.batch)
         past = int32([self.past] * count, self.device)
-        q, k, v, past, new, _, scheme, books, caches, scale = self._call(0, past, count)
+        q, k, v, past, new, _, scheme, books, caches, scale = self.arguments(0, past, count)
         copied = [[tensor.clone() for tensor in role] for role in caches]
         inputs = (q.float(), k.float(), v.float(), past, new, None)
         expected = torch_attention.attend(*inputs, scheme, books, copied, scale, 0, 0.0)

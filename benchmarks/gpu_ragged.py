@@ -20,10 +20,10 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks import gpu_flashinfer
 from benchmarks.gpu_cases import Ours, Shape, chosen, int32
 from benchmarks.gpu_paths import NEVER, WHERE_FASTER, batch_invariant, cut_by_work
 from benchmarks.gpu_timing import Step, free, graph_time
-from benchmarks.machine import version_of
 from benchmarks.report_tables import Sheet
 from hqmq_trt import cuda, torch_attention
 
@@ -55,7 +55,7 @@ def past_of(case: Ours, lengths: Sequence[int]) -> list[int]:
 
 def step_of(case: Ours, lengths: Sequence[int]) -> Step:
     """A decode step."""
-    arguments = case._call(0, int32(past_of(case, lengths), case.device))
+    arguments = case.arguments(0, int32(past_of(case, lengths), case.device))
     return lambda: cuda.attend(*arguments)
 
 
@@ -113,7 +113,7 @@ def flashinfer_time(shape: Shape, lengths: Sequence[int], device: torch.device) 
     size = (ends[-1], 2, shape.heads, PAGE, shape.head_dim)
     cache = torch.empty(size, dtype=torch.float16, device=device).normal_(generator=g)
     q = torch.randn(len(lengths), shape.query_heads, shape.head_dim, generator=g, device=device).half()
-    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+    workspace = torch.zeros(gpu_flashinfer.WORKSPACE, dtype=torch.uint8, device=device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     wrapper.plan(
         int32(ends, device),
@@ -153,8 +153,8 @@ def rivals(lengths: Sequence[int], device: torch.device) -> list[str]:
     shape = Shape(len(lengths), max(lengths))
     time, backend = sdpa_time(shape, lengths, device)
     free(device)
-    if version_of("flashinfer") == "missing":
-        return [f"{time:.1f} ({backend})", "not installed"]
+    if why := gpu_flashinfer.missing(device):
+        return [f"{time:.1f} ({backend})", why]
     try:
         other = f"{flashinfer_time(shape, lengths, device):.1f}"
     except RuntimeError as failed:

@@ -10,6 +10,7 @@ import onnx
 
 PLAN = b"plan of the fake TensorRT"
 CACHE = b"fake timing cache"
+EMPTY_CACHE = b"fake"
 
 
 class Severity(Enum):
@@ -33,7 +34,7 @@ class TimingCache:
         self.content = content
 
     def serialize(self) -> bytes:
-        return CACHE
+        return self.content or EMPTY_CACHE
 
 
 class Config:
@@ -64,7 +65,9 @@ class Config:
         return len(self.profiles) - 1
 
     def create_timing_cache(self, content: bytes) -> TimingCache | None:
-        return TimingCache(content) if content in (b"", CACHE) else None
+        if content.startswith(CACHE[:4]):  # as of TensorRT 10.6: a damaged one is dropped without a word
+            return TimingCache(content if content == CACHE else b"")
+        return TimingCache(content) if content == b"" else None
 
     def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
         self.cache = cache
@@ -149,6 +152,8 @@ class FakeTensorRT(SimpleNamespace):
         if self.failure == "memory":
             self.log.log(Severity.ERROR, "[memory.cpp] Cuda Runtime (out of\nmemory)")
             return None
+        if config.cache is not None:
+            config.cache.content = CACHE
         return PLAN
 
     def parser(self, network: Network, log: Any) -> Any:

@@ -30,7 +30,7 @@ from hqmq_trt.engine.versions import check_tensorrt
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.manifest import Manifest
 from hqmq_trt.runtime import trt_engine
-from tests.fake_tensorrt import CACHE, PLAN, FakeTensorRT
+from tests.fake_tensorrt import CACHE, EMPTY_CACHE, PLAN, FakeTensorRT
 from tests.test_manifest import write_folder
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 * 10**9)
@@ -163,16 +163,16 @@ def test_timing_cache(export: Path, tmp_path: Path, fake: Callable[..., FakeTens
     trt = fake()
     notes: list[str] = []
     path = tmp_path / "folder" / "timing.cache"
-    for content, taken in ((None, b""), (CACHE, CACHE), (b"damaged", b"")):
+    for content, taken in ((None, b""), (CACHE, CACHE), (b"damaged", b""), (CACHE[:-1], b""), (EMPTY_CACHE, b"")):
         if content is not None:
             path.write_bytes(content)
         notes.clear()
         build_engine(export, tmp_path / "e", timing_cache=path, overwrite=True, note=notes.append)
         assert trt.configs[-1].taken[-1] == taken
-        assert len(notes) == (content == b"damaged")
+        assert len(notes) == (content in (b"damaged", CACHE[:-1]))
+        assert all("replacing it" in note for note in notes)
         assert path.read_bytes() == CACHE
         assert names(path.parent) == {"timing.cache"}
-    assert "replacing it" in notes[0]
     path.unlink()
     path.mkdir()  # the file cannot be read
     with pytest.raises(HqmqError, match="timing cache cannot be read"):

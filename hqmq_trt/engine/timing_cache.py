@@ -57,13 +57,13 @@ def attach(config: Any, path: Path, note: Callable[[str], None]) -> Any:
     """Give a builder config the timing cache of a file, or an empty one; return the cache.
 
     A file that TensorRT does not take (damaged, or of another version or GPU) is said in a note and replaced by `save`.
-    TensorRT 10.6 takes a damaged one without a word, and `save` replaces it.
     """
     content = read(path)
     if content:
         try:
             cache = config.create_timing_cache(content)
-            if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            kept = cache is not None and not _is_dropped(config, cache, content)
+            if kept and config.set_timing_cache(cache, ignore_mismatch=False):
                 return cache
         except Exception:  # pybind gives TensorRT's exceptions as it likes
             pass
@@ -71,6 +71,12 @@ def attach(config: Any, path: Path, note: Callable[[str], None]) -> Any:
     cache = config.create_timing_cache(b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
+
+
+def _is_dropped(config: Any, cache: Any, content: bytes) -> bool:
+    """Whether TensorRT made a cache without anything of `content`: 10.6 takes a damaged one without a word."""
+    kept, empty = (bytes(memoryview(made.serialize())) for made in (cache, config.create_timing_cache(b"")))
+    return len(kept) <= len(empty) and kept != content
 
 
 def save(config: Any, path: Path) -> None:
