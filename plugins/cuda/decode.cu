@@ -20,8 +20,10 @@ struct Instance {
   bool compact, shared_states;
   int rings, stage_tiles;
   DecodeMemory (*memory)(uint32_t limit);
-  // Null: this library was built without it.
-  Status (*run)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
+  using Run = Status (*)(const DecodeJob& job, int blocks, const Gpu& gpu, cudaStream_t stream);
+  Run run;  // null: this library was built without it
+  // Calls that cannot be cut by work. Null: `run` takes them.
+  Run run_by_count;
 };
 
 // HQMQ_DECODE_NO_LARGE, HQMQ_DECODE_COMPACT: CMakeLists.txt.
@@ -35,6 +37,10 @@ constexpr bool kCompactBuilt = true;
 #else
 constexpr bool kCompactBuilt = false;
 #endif
+
+// Which instances have one beside them that only cuts by count: those of the CMakeLists.txt.
+template <class Key, int D>
+constexpr bool kCountBuilt = kLargeBuilt && !Key::kCompact && D <= 128;
 
 template <class Key, class Value, int D, int kColumns>
 constexpr Instance Make() {
@@ -52,8 +58,11 @@ constexpr Instance Make() {
                   I::Memory::kRings,
                   Stage<Key, Value, D>::kTiles,
                   I::Memory::MemoryOf,
+                  nullptr,
                   nullptr};
   if constexpr (Key::kCompact ? kCompactBuilt : kLargeBuilt) out.run = I::Run;
+  if constexpr (kCountBuilt<Key, D>)
+    out.run_by_count = DecodeInstance<Key, Value, D, kColumns, false>::Run;
   return out;
 }
 
@@ -314,7 +323,8 @@ Status Decode(const AttentionJob& attention, uint32_t* counters, float* parts,
   }
   job.states = instance.shared_states ? nullptr : reinterpret_cast<float*>(at);
   job.counters = counters;
-  return instance.run(job, blocks, gpu, stream);
+  const bool by_count = cut.pieces == 0 && instance.run_by_count;
+  return (by_count ? instance.run_by_count : instance.run)(job, blocks, gpu, stream);
 }
 
 }  // namespace cuda

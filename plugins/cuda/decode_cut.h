@@ -31,7 +31,8 @@ constexpr int kDecodeBlocks = 132;
 constexpr int kDecodePieces = 128;
 
 // An *item* is a split of a problem: its number is that of the problem times 2^kItemBits plus that
-// of the split. Where a problem has fewer splits, the numbers behind them are no items.
+// of the split. Where a problem has fewer splits, the numbers behind them are no items. Instances
+// that only cut by count number them by problem * splits + split.
 constexpr int kItemBits = 6;
 static_assert(kMostSplits < 1 << kItemBits, "every split has a number, and one is left");
 // Problems of a call at most: numbers of items and of parts are int32.

@@ -60,22 +60,24 @@ struct MeanStages {
 };
 
 // Goes through the tiles of a warp, item by item. kRings: warps that take tiles.
-template <int kRings>
+template <int kRings, bool kByWork>
 struct Cursor {
+  using P = ProblemType<kByWork>;
   int item, end_item;
   int tile, end;  // next tile; both 0 after the last item
   MeanStages means;
 
   // Moves on to the next item in which the warp has tiles. held: a problem that is known, and its
   // number.
-  __device__ __forceinline__ bool NextItem(const DecodeJob& job, int warp, const Problem& held,
-                                           int held_index, Problem* problem) {
+  __device__ __forceinline__ bool NextItem(const DecodeJob& job, int warp, const P& held,
+                                           int held_index, P* problem) {
     while (++item < end_item) {
-      const int index = ProblemOfItem(item), split = SplitOfItem(item);
-      *problem = index == held_index ? held : ProblemOf(job, index, held.piece);
+      const Item of = ItemAt<kByWork>(job, item);
+      const int index = of.problem, split = of.split;
+      *problem = index == held_index ? held : ProblemOf<kByWork>(job, index, held.piece);
       const Tiles tiles = TilesOf<kRings>(*problem, split, warp);
       // What comes next is the next problem's.
-      if (split + 1 >= problem->splits) item |= (1 << kItemBits) - 1;
+      if (kByWork && split + 1 >= problem->splits) item |= (1 << kItemBits) - 1;
       if (tiles.begin == tiles.end) continue;
       // The shuffles tell the compiler that these are one number for the warp.
       tile = __shfl_sync(kAllLanes, tiles.begin, 0);
@@ -113,17 +115,18 @@ struct NoPage {
   }
 };
 
-template <class Key, class Value, int D, int kRings>
+template <class Key, class Value, int D, int kRings, bool kByWork>
 struct Feed {
   using S = Stage<Key, Value, D>;
-  Cursor<kRings> cursor;
+  using P = ProblemType<kByWork>;
+  Cursor<kRings, kByWork> cursor;
   // Of the item: number of the first tile of the sequence and head; with a page table, PagesOf.
   uint32_t sequence;
   uint32_t ring;
   uint32_t next;  // stage to fill
 
   // first: problem number `index`, that of the block's first item.
-  __device__ __forceinline__ void Start(const DecodeJob& job, const Problem& first, int index,
+  __device__ __forceinline__ void Start(const DecodeJob& job, const P& first, int index,
                                         Items items, uint32_t at, int warp, int lane) {
     next = ring = at;
     if constexpr (ptx::kBulkCopies) {
@@ -141,9 +144,9 @@ struct Feed {
     for (int i = 0; i + 1 < job.stages; ++i) Fill(job, first, index, warp, lane);
   }
 
-  __device__ __forceinline__ void NextItem(const DecodeJob& job, int warp, const Problem& held,
+  __device__ __forceinline__ void NextItem(const DecodeJob& job, int warp, const P& held,
                                            int held_index) {
-    Problem p;
+    P p;
     if (!cursor.NextItem(job, warp, held, held_index, &p)) return;
     const Call& call = job.attention.call;
     const int pages = PagesOf(job, p.b, p.h);
@@ -168,7 +171,7 @@ struct Feed {
 
   // Enqueues the next stage, if there is one. Nobody in the warp reads it any more. held: as in
   // Cursor.
-  __device__ __forceinline__ void Fill(const DecodeJob& job, const Problem& held, int held_index,
+  __device__ __forceinline__ void Fill(const DecodeJob& job, const P& held, int held_index,
                                        int warp, int lane) {
     if (cursor.tile < cursor.end) {
       const int count = S::Count(job, cursor.tile, cursor.end);

@@ -48,7 +48,7 @@ struct Divider {
 
 // How a problem is cut by work.
 struct alignas(16) WorkCutOf {
-  int32_t skip, splits, own, part;  // as in Problem (decode_work.cuh)
+  int32_t skip, splits, own, part;  // as in WorkProblem (decode_work.cuh)
 };
 
 struct DecodeJob {

@@ -232,7 +232,7 @@ struct DecodeBlock {
 };
 
 // All of a block's items.
-template <class Key, class Value, int D, int kColumns>
+template <class Key, class Value, int D, int kColumns, bool kByWork>
 __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory) {
   const uint32_t start = ptx::SharedAddress(memory);
   using Memory = typename MemoryLayout<Key, Value, D, kColumns>::Type;
@@ -248,33 +248,38 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   // The shuffle tells the compiler that it is one number for the warp.
   const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarp, 0);
   const int block = static_cast<int>(blockIdx.x);
-  Share share = {ItemsByCount(job, block), 0};
+  using P = ProblemType<kByWork>;
+  const auto problem_of = [&](int item) { return ItemAt<kByWork>(job, item).problem; };
+  Share share = {ItemsByCount<kByWork>(job, block), 0};
   // By work it may be another head's: they come while lengths are read.
-  PrefetchWords(
-      a.key, a.value,
-      job.by_row_blocks(job.by_batch(min(ProblemOfItem(share.items.begin), job.problems - 1))));
-  if (job.pieces > 0)
-    share = ShareOf<kDecodeWarps>(job, share.items, &shared->share, block, warp, lane);
+  int first = problem_of(share.items.begin);
+  if constexpr (kByWork) first = min(first, job.problems - 1);
+  PrefetchWords(a.key, a.value, job.by_row_blocks(job.by_batch(first)));
+  if constexpr (kByWork) {
+    if (job.pieces > 0)
+      share = ShareOf<kDecodeWarps>(job, share.items, &shared->share, block, warp, lane);
+  }
   const Items items = share.items;
   // Pages that fill in this call are seen by later tokens of the call only.
   if (a.call.tokens > 1) ptx::GridWait();
-  if (items.begin >= items.end) {  // there are fewer items than blocks, or pieces than lengths make
+  // There are fewer items than blocks, or pieces than lengths make. By count every block has some.
+  if (kByWork && items.begin >= items.end) {
     if (threadIdx.x == 0) ptx::GridWait();  // as at the end
     return;
   }
 
   const uint32_t ring = arena.Ring(warp);
   uint32_t stage = ring, parity = 0;
-  Feed<Key, Value, D, kRings> feed;
+  Feed<Key, Value, D, kRings, kByWork> feed;
   NewRows<D> fresh;
-  Problem next = ProblemOf(job, ProblemOfItem(items.begin), share.piece);
+  P next = ProblemOf<kByWork>(job, problem_of(items.begin), share.piece);
   fresh.Load(job, next, warp, lane);
   if (threadIdx.x == 0) {
     ptx::BarrierInit(ptx::SharedAddress(&shared->stored), kDecodeThreads);
     ptx::BarrierInit(ptx::SharedAddress(&shared->joined), kDecodeThreads);
-    shared->piece = share.piece;
+    if constexpr (kByWork) shared->piece = share.piece;
   }
-  feed.Start(job, next, ProblemOfItem(items.begin), items, ring, warp, lane);
+  feed.Start(job, next, problem_of(items.begin), items, ring, warp, lane);
 
   DecodeBlock<Key, Value, D, kColumns> self;
   const uint32_t tables[2] = {arena.Table(0), arena.Table(1)};
@@ -292,21 +297,31 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
   int head = -1;
   Pending pending;
   // Problems. (What stands after each tells the compiler that it is not needed any more.)
-  for (int item = items.begin; item < items.end; next = Problem{}, fresh = NewRows<D>{}) {
-    const int index = ProblemOfItem(item), first_split = SplitOfItem(item);
+  for (int item = items.begin; item < items.end; next = P{}, fresh = NewRows<D>{}) {
+    const Item of = ItemAt<kByWork>(job, item);
+    const int index = of.problem, first_split = of.split;
     if (item != items.begin) {
       __syncthreads();
-      next = ProblemOf(job, index, shared->piece);
+      next = ProblemOf<kByWork>(job, index, kByWork ? shared->piece : 0);
       fresh.Load(job, next, warp, lane);
     }
-    const int end_split = first_split + items.end - item;
-    item = ItemOf(index + 1, 0);
+    int end_split = first_split + items.end - item;
+    if constexpr (kByWork) {
+      item = ItemOf(index + 1, 0);
+    } else {
+      end_split = min(job.splits, end_split);
+      item += end_split - first_split;
+    }
     if (next.rows == 0) {
       if (first_split == 0) StoreEmptyRows<D, kColumns>(job, next, 0, warp, lane);
       continue;
     }
     if (threadIdx.x == 0) {
-      shared->problem = next;
+      if constexpr (kByWork) {
+        shared->problem = next;
+      } else {
+        shared->count_problem = next;
+      }
       shared->bad_values = 0;
     }
     if (head != next.h) {
@@ -315,7 +330,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
     }
     fresh.Store(job, next, shared, warp, lane);
     __syncthreads();
-    const Problem& p = shared->problem;
+    const P& p = shared->template Held<kByWork>();
     self.LoadProblem(job, p, shared, arena.QueryChunks(), warp, lane);
     const int splits = min(end_split, p.splits) - first_split;
     if (splits <= 0) continue;
@@ -334,7 +349,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       }
       for (int tile = tiles.begin;;) {
         if (pending.split >= 0 && 2 * tile >= tiles.begin + tiles.end)
-          JoinStates<D, kColumns>(job, p, &pending, states, shared, warp, lane);
+          JoinStates<D, kColumns>(job, p, index, &pending, states, shared, warp, lane);
         if (tile == tiles.end) break;
         feed.Wait(job, stage, parity);
         const auto fill = [&] { feed.Fill(job, p, index, warp, lane); };
@@ -382,13 +397,13 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       pending.split = split;
     }
     if (AreLastParts<D>(job, p, index, splits, shared))
-      JoinParts<D, kColumns>(job, p, shared, warp, lane);
+      JoinParts<D, kColumns>(job, p, index, shared, warp, lane);
   }
   // Whoever waits for this kernel must find the one before it complete, too.
   if (threadIdx.x == 0) ptx::GridWait();
 }
 
-template <class Key, class Value, int D, int kColumns>
+template <class Key, class Value, int D, int kColumns, bool kByWork>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeKernel(const __grid_constant__ DecodeJob job) {
   HQMQ_DYNAMIC_SHARED(shared);
@@ -397,7 +412,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if constexpr (Key::kCompact) {
     if constexpr ((kCompactEverywhere || ptx::kMostShared < kMostShared) &&
                   Memory::LeastBytes() <= ptx::kMostShared)
-      DecodeItems<Key, Value, D, kColumns>(job, shared);
+      DecodeItems<Key, Value, D, kColumns, kByWork>(job, shared);
   } else {
     if constexpr (!Key::kPageMeans) {
       static_assert(Tables<Key, Value>::kAlignment + Tables<Key, Value>::kValue + Value::kReach <=
@@ -405,12 +420,14 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
                     "codes beyond the codebook read the block's memory");
     }
     if constexpr (Memory::Bytes(2) <= ptx::kMostShared)
-      DecodeItems<Key, Value, D, kColumns>(job, shared);
+      DecodeItems<Key, Value, D, kColumns, kByWork>(job, shared);
   }
 }
 
-// One instance of the kernel. Defined in decode_*.cu, one file an instance.
-template <class Key, class Value, int D, int kColumns>
+// One instance of the kernel. Defined in decode_*.cu, one file an instance. kByWork: it takes calls
+// cut either way; else those that the host cuts by count (Cut::pieces 0), faster and with the same
+// bits.
+template <class Key, class Value, int D, int kColumns, bool kByWork = true>
 struct DecodeInstance {
   using Memory = typename MemoryLayout<Key, Value, D, kColumns>::Type;
   static constexpr bool kSharedStates = Memory::kSharedStates;

@@ -49,17 +49,18 @@ __device__ __forceinline__ float Across(float x, int offset) {
 // Sums one warp's share of the stored states in the order of warps, into the block's part; in the
 // last split of a problem the last kOwnWarps warps hold the exact tokens, which are a part of their
 // own. Lane (q = lane / 8, x = lane % 8) takes warps 4q…4q+3.
-template <int D, int kColumns>
-__device__ __forceinline__ void JoinStates(const DecodeJob& job, const Problem& p, Pending* pending,
-                                           const float4* states, DecodeShared<D>* shared, int warp,
-                                           int lane) {
+template <int D, int kColumns, class P>
+__device__ __forceinline__ void JoinStates(const DecodeJob& job, const P& p, int problem,
+                                           Pending* pending, const float4* states,
+                                           DecodeShared<D>* shared, int warp, int lane) {
   static_assert(kDecodeWarps == 16 && kOwnWarps == 4, "four warps for each q");
   constexpr int kTiles = LaneRows<D, kColumns>::kTiles;
   constexpr int kShare = kTiles * kWarp / kDecodeWarps;  // float4 of a warp
   const bool last = pending->split == p.own;
   const int q = lane >> 3, x = lane & 7;
   const bool own = last && q == 3;
-  float* const parts = job.parts + static_cast<int64_t>(p.part) * PartFloats(kColumns, D);
+  float* const parts =
+      job.parts + static_cast<int64_t>(FirstPartOf(job, p, problem)) * PartFloats(kColumns, D);
   float* const part = parts + (pending->split + own) * PartFloats(kColumns, D);
   ptx::BarrierWait(ptx::SharedAddress(&shared->stored), pending->parity);
 
@@ -204,8 +205,8 @@ __device__ __forceinline__ void AddTimes(float4* x, float4 y, float weight) {
 }
 
 // Joins the parts of a problem into its rows of y. All threads; parts are complete.
-template <int D, int kColumns>
-__device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p,
+template <int D, int kColumns, class P>
+__device__ __forceinline__ void JoinParts(const DecodeJob& job, const P& p, int problem,
                                           DecodeShared<D>* shared, int warp, int lane) {
   const AttentionJob& a = job.attention;
   StoreEmptyRows<D, kColumns>(job, p, p.rows, warp, lane);
@@ -213,7 +214,8 @@ __device__ __forceinline__ void JoinParts(const DecodeJob& job, const Problem& p
   constexpr int kFloats = PartFloats(kColumns, D);
   constexpr int kChunks = (D / 4 + kWarp - 1) / kWarp;  // of a lane
   constexpr int kBatch = 16 / kChunks;                  // parts whose loads are under way at once
-  const float* const parts = job.parts + static_cast<int64_t>(p.part) * kFloats;
+  const float* const parts =
+      job.parts + static_cast<int64_t>(FirstPartOf(job, p, problem)) * kFloats;
   const int coded = p.own + 1, count = coded + 1;  // the last one: of the exact tokens
   const int row = p.row + warp, token = job.by_group(row);
   const int head = p.h * a.group + row - token * a.group;

@@ -24,11 +24,13 @@ __device__ __forceinline__ EvenShare EvenShareOf(int each, int longer, int block
 }
 
 // Items of a block of a call that is cut by count.
+template <bool kByWork>
 __device__ __forceinline__ Items ItemsByCount(const DecodeJob& job, int block) {
   const EvenShare share = EvenShareOf(job.block_items, job.longer_blocks, block);
+  if constexpr (!kByWork) return {share.begin, share.end};
   const auto item = [&](int number) {
-    const int problem = job.by_splits(number);
-    return ItemOf(problem, number - problem * job.splits);
+    const Item of = ItemAt<false>(job, number);
+    return ItemOf(of.problem, of.split);
   };
   return {item(share.begin), item(share.end)};
 }
@@ -206,7 +208,7 @@ __device__ __forceinline__ Items ItemsByWork(const DecodeJob& job, const HeadLin
 // What a block takes.
 struct Share {
   Items items;
-  int piece;  // as in Problem
+  int piece;  // as in WorkProblem
 };
 
 // The block's share of a call that may be cut by work; by_count: its items where it is not. All

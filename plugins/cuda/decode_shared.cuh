@@ -24,11 +24,23 @@ struct DecodeShared {
   float factor[2][kDecodeRows];             // what query was divided by, powers of two
   float maximum[kDecodeWarps][kDecodeRows], sum[kDecodeWarps][kDecodeRows];  // of StoreState
   float weight[kDecodeRows][kMostParts];
-  Problem problem;
+  union {
+    WorkProblem problem;
+    Problem count_problem;  // of instances that cut by count only
+  };
   uint64_t stored, joined;  // barriers of StoreState and JoinStates
   float4 turn;              // of V's words from K's, if `turned`
   int32_t flag, bad_values, turned;
-  int32_t piece;  // as in Problem
+  int32_t piece;  // as in WorkProblem
+
+  template <bool kByWork>
+  __device__ __forceinline__ const ProblemType<kByWork>& Held() const {
+    if constexpr (kByWork) {
+      return problem;
+    } else {
+      return count_problem;
+    }
+  }
 };
 
 // The codecs' tables: V's may be K's.

@@ -1,6 +1,8 @@
 // Which keys an item of the decode kernel takes, by count or by work (decode_cut.h).
 #pragma once
 
+#include <type_traits>
+
 #include "decode_job.h"
 #include "ptx.cuh"
 
@@ -13,13 +15,22 @@ struct Problem {
   Span span;
   int first_time, last_time;  // positions of the first and last of these rows
   int tile, tiles;            // coded tiles that some row sees
-  int piece;                  // tiles of a piece, 0: the call is cut by count
   int per_split;              // tiles of a split; by count, one with exact tokens takes 3/4 as many
-  int skip;                   // tiles that the first one has less
   int splits;                 // that have something to do
-  int own;   // number of the part with the exact tokens: the last split's or one more
-  int part;  // in the workspace: the first one
+  int own;  // number of the part with the exact tokens: the last split's or one more
+  static constexpr int piece = 0;  // as in WorkProblem
 };
+
+// A problem of a call that may be cut by work.
+struct WorkProblem : Problem {
+  int piece;  // tiles of a piece, 0: the call is cut by count
+  int skip;   // tiles that the first split has less
+  int part;   // in the workspace: the first one
+};
+
+// kByWork: of an instance that takes calls cut either way, else by count only.
+template <bool kByWork>
+using ProblemType = std::conditional_t<kByWork, WorkProblem, Problem>;
 
 // Position of row `row` of the call (rows are ordered by token, then head).
 __device__ __forceinline__ int RowTime(const DecodeJob& job, const Problem& p, int row) {
@@ -39,10 +50,11 @@ __device__ __forceinline__ int FewOf(int x, int y) {
 }
 
 // Problem number `index` = (h * row_blocks + row block) * batch + b, but for how it is cut.
-__device__ __forceinline__ Problem KeysOf(const DecodeJob& job, int index) {
+template <class P = Problem>
+__device__ __forceinline__ P KeysOf(const DecodeJob& job, int index) {
   const AttentionJob& a = job.attention;
   const int page_size = a.key.role.page_size;
-  Problem p;
+  P p;
   const int block = job.by_batch(index);
   p.b = index - block * a.call.batch;
   p.h = job.by_row_blocks(block);
@@ -75,26 +87,40 @@ __device__ __forceinline__ CountSplits SplitsByCount(const DecodeJob& job, int t
   return {max((share + kDecodeWarps - 1) & -kDecodeWarps, kDecodeWarps), apart};
 }
 
-// Problem number `index`. piece: as in Problem.
-__device__ __forceinline__ Problem ProblemOf(const DecodeJob& job, int index, int piece) {
-  Problem p = KeysOf(job, index);
-  p.piece = piece;
-  if (piece > 0) {
-    const WorkCutOf of = job.cuts[index];
-    p.per_split = piece;
-    p.skip = of.skip;
-    p.splits = of.splits;
-    p.own = of.own;
-    p.part = of.part;
-    return p;
+// Number in the workspace of the first part of problem number `index`.
+__device__ __forceinline__ int FirstPartOf(const DecodeJob& job, const Problem&, int index) {
+  return index * PartsOf(job.splits);
+}
+__device__ __forceinline__ int FirstPartOf(const DecodeJob&, const WorkProblem& p, int) {
+  return p.part;
+}
+
+// Problem number `index`. piece: as in WorkProblem.
+template <bool kByWork>
+__device__ __forceinline__ ProblemType<kByWork> ProblemOf(const DecodeJob& job, int index,
+                                                          int piece) {
+  ProblemType<kByWork> p = KeysOf<ProblemType<kByWork>>(job, index);
+  if constexpr (kByWork) {
+    p.piece = piece;
+    if (piece > 0) {
+      const WorkCutOf of = job.cuts[index];
+      p.per_split = piece;
+      p.skip = of.skip;
+      p.splits = of.splits;
+      p.own = of.own;
+      p.part = of.part;
+      return p;
+    }
   }
   const CountSplits of = SplitsByCount(job, p.tiles);
   p.per_split = of.per_split;
-  p.skip = 0;
   p.splits = 0;
   if (p.rows > 0) p.splits = FewOf(4 * p.tiles + (of.apart ? 0 : p.per_split), 4 * p.per_split);
   p.own = p.splits - !of.apart;
-  p.part = index * PartsOf(job.splits);
+  if constexpr (kByWork) {
+    p.skip = 0;
+    p.part = index * PartsOf(job.splits);
+  }
   return p;
 }
 
@@ -117,15 +143,26 @@ struct Tiles {
   int begin, end;
 };
 
-// Coded tiles of one warp of a split; kRings: warps that take such tiles. None in a part beyond the
-// splits.
-template <int kRings>
-__device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) {
+// Coded tiles of a split: from `offset` on, as many as it has.
+__device__ __forceinline__ int TilesOfSplit(const Problem& p, int split, int* offset) {
+  *offset = split * p.per_split;
+  const int rest = p.tiles - *offset;
+  return rest < 0 ? 0 : rest < p.per_split ? rest : p.per_split;
+}
+__device__ __forceinline__ int TilesOfSplit(const WorkProblem& p, int split, int* offset) {
   const int border = split * p.per_split - p.skip;
-  const int offset = min(max(border, 0), p.tiles);
+  *offset = min(max(border, 0), p.tiles);
   // By work the last one may have a round more than others.
   const int to = split + 1 < p.splits ? min(border + p.per_split, p.tiles) : p.tiles;
-  const int count = to - offset;
+  return to - *offset;
+}
+
+// Coded tiles of one warp of a split; kRings: warps that take such tiles. None in a part beyond the
+// splits.
+template <int kRings, class P>
+__device__ __forceinline__ Tiles TilesOf(const P& p, int split, int warp) {
+  int offset;
+  const int count = TilesOfSplit(p, split, &offset);
   constexpr int kOthers = kDecodeWarps - kOwnWarps,
                 kLastRings = kRings < kOthers ? kRings : kOthers;
   const bool last = split == p.own;
@@ -139,11 +176,24 @@ __device__ __forceinline__ Tiles TilesOf(const Problem& p, int split, int warp) 
 struct Items {
   int begin, end;
 };
+
+// The number of an item of a call that may be cut by work.
 __device__ __forceinline__ int ItemOf(int problem, int split) {
   return problem << kItemBits | split;
 }
 __device__ __forceinline__ int ProblemOfItem(int item) { return item >> kItemBits; }
 __device__ __forceinline__ int SplitOfItem(int item) { return item & ((1 << kItemBits) - 1); }
+
+struct Item {
+  int problem, split;
+};
+// The item of a number.
+template <bool kByWork>
+__device__ __forceinline__ Item ItemAt(const DecodeJob& job, int number) {
+  if constexpr (kByWork) return {ProblemOfItem(number), SplitOfItem(number)};
+  const int problem = job.by_splits(number);
+  return {problem, number - problem * job.splits};
+}
 
 }  // namespace cuda
 }  // namespace hqmq
