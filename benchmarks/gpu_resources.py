@@ -30,9 +30,9 @@ REGISTERS = 65536
 BOUNDS = {
     # Bytes of the stack frame of a thread: spilled registers and arrays.
     r"^DecodeKernel<Compact<SmallCodec16<8, true>>": 256,
-    r"^DecodeKernel<Cosets<.*, 256, [48]>$": 480,
-    r"^DecodeKernel<.*, (64|128), [48]>$": 176,
-    r"^DecodeKernel<.*, 256, [48]>$": 320,
+    r"^DecodeKernel<Cosets<.*, 256, [48], true>$": 480,
+    r"^DecodeKernel<.*, (64|128), [48], (true|false)>$": 176,
+    r"^DecodeKernel<.*, 256, [48], true>$": 320,
     r"^EncodeKernel<": 96,
     r"^EncodeGeneralKernel$": 0,
     r"^PrefillKernel<": 96,

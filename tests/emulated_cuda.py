@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "emulation"
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "hqmq_emulation_gpu": (None, [c_uint64, c_int32, c_int32, c_int32]),
-    "hqmq_emulation_cut": (c_int, [*[c_int32] * 7, c_void_p, c_void_p, *[c_int32] * 3, *[c_void_p] * 4]),
+    "hqmq_emulation_cut": (c_int, [*[c_int32] * 7, c_void_p, c_void_p, *[c_int32] * 4, *[c_void_p] * 4]),
     "hqmq_emulation_fault": (c_int, [c_char_p, c_void_p, c_void_p]),
 }
 

@@ -8,7 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_int, c_size_t
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -87,9 +87,12 @@ class Call:
         return min(begin, end), end
 
 
-def cut(gpu: EmulatedGpu, call: Call, multiprocessors: int = 132, warps: int = 1) -> tuple[list[Split], int, int]:
+def cut(
+    gpu: EmulatedGpu, call: Call, multiprocessors: int = 132, warps: int = 1, either: bool = False
+) -> tuple[list[Split], int, int]:
     """The splits of a call, rounds of a piece (0: it is cut by count), and parts in the workspace. warps: of a block
-    that looks for its share, 1 or, as the kernel has, 16."""
+    that looks for its share, 1 or, as the kernel has, 16. either: by the instances that cut either way, also where
+    others, by count only, take the call."""
     most = len(call.past) * call.heads * call.row_blocks() * (MOST_SPLITS + 1)
     out = torch.zeros(most, 8, dtype=torch.int32)
     count, piece, parts = (torch.zeros(1, dtype=torch.int64) for _ in range(3))
@@ -98,7 +101,7 @@ def cut(gpu: EmulatedGpu, call: Call, multiprocessors: int = 132, warps: int = 1
     cuda._check(
         gpu.library.hqmq_emulation_cut(
             *sizes, call.capacity // call.page_size, call.window, past.data_ptr(), new.data_ptr(), multiprocessors,
-            warps, most, out.data_ptr(), count.data_ptr(), piece.data_ptr(), parts.data_ptr(),
+            warps, either, most, out.data_ptr(), count.data_ptr(), piece.data_ptr(), parts.data_ptr(),
         )
     )  # fmt: skip
     assert count.item() <= most
@@ -182,6 +185,19 @@ def test_splits_are_all_of_a_call_on_every_gpu(emulated: EmulatedGpu, index: int
             assert {split.block for split in others} <= set(range(multiprocessors))
     assert (piece > 0) == (when == ALWAYS) or when == WHERE_FASTER
     assert_whole(call, splits, parts)
+
+
+@pytest.mark.parametrize("index", range(len(RAGGED) + len(OTHERS)))
+def test_instances_by_count_cut_as_those_that_cut_either_way(emulated: EmulatedGpu, index: int) -> None:
+    """Where calls cannot be cut by work: their blocks have the same splits."""
+    call = [*RAGGED, *OTHERS][index]
+    alone = replace(call, past=call.past[-1:], new=call.added[-1:])
+    for multiprocessors in (7, 132):
+        with cut_by_work(NEVER):
+            assert cut(emulated, call, multiprocessors) == cut(emulated, call, multiprocessors, either=True)
+        assert cut(emulated, alone, multiprocessors) == cut(emulated, alone, multiprocessors, either=True)
+    with batch_invariant():
+        assert cut(emulated, call) == cut(emulated, call, either=True)
 
 
 @pytest.mark.parametrize("index", range(0, len(RAGGED) + len(OTHERS), 3))

@@ -13,7 +13,7 @@ from hqmq_trt.cuda import CUDA_LIBRARY
 from hqmq_trt.errors import HqmqError
 from hqmq_trt.library_files import library_dir
 
-KERNEL = Kernel("DecodeKernel<Codec12, Codec12, 128, 4>", "sm_90a", 512, 128, 64, 1024)
+KERNEL = Kernel("DecodeKernel<Codec12, Codec12, 128, 4, true>", "sm_90a", 512, 128, 64, 1024)
 
 
 def has_cuobjdump() -> bool:
@@ -53,8 +53,8 @@ def test_too_many_registers_and_too_much_local_memory_are_problems() -> None:
 
 
 def test_names_are_those_of_the_source() -> None:
-    symbol = "_ZN4hqmq4cuda12DecodeKernelINS0_7CompactINS0_7Codec16ILi8EEEEES5_Li128ELi4EEEvNS0_9DecodeJobE"
-    assert demangle(symbol) == "DecodeKernel<Compact<Codec16<8>>, Compact<Codec16<8>>, 128, 4>"
+    symbol = "_ZN4hqmq4cuda12DecodeKernelINS0_7CompactINS0_7Codec16ILi8EEEEES5_Li128ELi4ELb1EEEvNS0_9DecodeJobE"
+    assert demangle(symbol) == "DecodeKernel<Compact<Codec16<8>>, Compact<Codec16<8>>, 128, 4, true>"
     assert demangle("main") == "main"
 
 

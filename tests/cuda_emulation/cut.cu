@@ -23,43 +23,49 @@ struct CutJob {
 };
 
 // A block finds its share as DecodeItems does, if with fewer warps, and one thread goes through it.
-template <int kWarps>
+template <int kWarps, bool kByWork>
 __global__ void ListSplits(const __grid_constant__ CutJob job) {
   HQMQ_DYNAMIC_SHARED(memory);
   const int block = static_cast<int>(blockIdx.x);
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
   const DecodeJob& decode = job.decode;
-  Share share = {ItemsByCount(decode, block), 0};
-  if (decode.pieces > 0) {
-    share = ShareOf<kWarps>(decode, share.items, reinterpret_cast<ShareScratch*>(memory), block,
-                            warp, lane);
+  Share share = {ItemsByCount<kByWork>(decode, block), 0};
+  if constexpr (kByWork) {
+    if (decode.pieces > 0) {
+      share = ShareOf<kWarps>(decode, share.items, reinterpret_cast<ShareScratch*>(memory), block,
+                              warp, lane);
+    }
   }
   if (threadIdx.x > 0) return;
   *job.piece = share.piece / kRoundTiles;
   for (int item = share.items.begin; item < share.items.end; ++item) {
-    const int index = ProblemOfItem(item), split = SplitOfItem(item);
-    const Problem p = ProblemOf(decode, index, share.piece);
+    const Item numbers = ItemAt<kByWork>(decode, item);
+    const int index = numbers.problem, split = numbers.split;
+    const ProblemType<kByWork> p = ProblemOf<kByWork>(decode, index, share.piece);
     const bool last = split + 1 >= p.splits;
     if (split < p.splits || (split == 0 && p.rows == 0)) {
       const Tiles first = TilesOf<kDecodeWarps>(p, split, 0);
-      int end = first.begin;
+      // A last split without coded tiles may begin behind all of them.
+      const int begin = std::min(first.begin, p.tile + p.tiles);
+      int end = begin;
       for (int of = 0; of < kDecodeWarps; ++of)
-        end = std::max(end, TilesOf<kDecodeWarps>(p, split, of).end);
+        if (const Tiles tiles = TilesOf<kDecodeWarps>(p, split, of); tiles.begin < tiles.end)
+          end = std::max(end, tiles.end);
       const int32_t fields[kFields] = {block,
                                        index,
                                        split,
                                        last,
-                                       first.begin,
-                                       end - first.begin,
+                                       begin,
+                                       end - begin,
                                        p.rows == 0 || !last ? 0
                                        : p.own == split     ? 1
                                                             : 2,
-                                       p.part + split};
+                                       FirstPartOf(decode, p, index) + split};
       if (*job.count < job.most)
         std::copy(fields, fields + kFields, job.splits + kFields * *job.count);
       ++*job.count;
     }
-    if (last) item = ItemOf(index + 1, 0) - 1;
+    if (kByWork && last) item = ItemOf(index + 1, 0) - 1;
   }
 }
 
@@ -74,12 +80,15 @@ extern "C" {
 
 // The splits of a call on a GPU of so many multiprocessors, [most, 8] as in cut.cu, and their
 // number; *piece: rounds of a piece, 0: it is cut by count; *parts: those that the workspace holds.
-// warps: of a block that looks for its share, 1 or kDecodeWarps. Returns an hqmq_status.
+// warps: of a block that looks for its share, 1 or kDecodeWarps. either: 1: the code of instances
+// that cut either way, 0: that of those by count only where the call cannot be cut by work. Returns
+// an hqmq_status.
 HQMQ_API int hqmq_emulation_cut(int32_t batch, int32_t heads, int32_t group, int32_t tokens,
                                 int32_t page_size, int32_t num_pages, int32_t window,
                                 const int32_t* past_length, const int32_t* new_length,
-                                int32_t multiprocessors, int32_t warps, int32_t most,
-                                int32_t* splits, int32_t* count, int32_t* piece, int64_t* parts) {
+                                int32_t multiprocessors, int32_t warps, int32_t either,
+                                int32_t most, int32_t* splits, int32_t* count, int32_t* piece,
+                                int64_t* parts) {
   return Guard([&]() -> Status {
     CutJob job = {};
     AttentionJob& attention = job.decode.attention;
@@ -99,9 +108,12 @@ HQMQ_API int hqmq_emulation_cut(int32_t batch, int32_t heads, int32_t group, int
     job.most = most;
     *count = *piece = 0;
     *parts = MostParts(cut);
-    return Launch(warps == 1 ? ListSplits<1> : ListSplits<kDecodeWarps>,
-                  dim3(static_cast<unsigned>(blocks)), warps * kWarp, sizeof(ShareScratch), nullptr,
-                  job);
+    const bool by_count = cut.pieces == 0 && !either;
+    void (*list)(CutJob) = warps == 1 ? (by_count ? ListSplits<1, false> : ListSplits<1, true>)
+                           : by_count ? ListSplits<kDecodeWarps, false>
+                                      : ListSplits<kDecodeWarps, true>;
+    return Launch(list, dim3(static_cast<unsigned>(blocks)), warps * kWarp, sizeof(ShareScratch),
+                  nullptr, job);
   });
 }
 
