@@ -87,6 +87,20 @@ def test_a_ragged_batch_is_cut_by_work(name: str) -> None:
         assert torch.equal(bits(attend((*PAST[:8], *[0] * 8))[:8]), bits(invariant[:8]))
 
 
+@pytest.mark.parametrize(("name", "head_dim", "group", "tokens"), [case for case in CASES if case[1] <= 128])
+def test_calls_that_cannot_be_cut_by_work_have_the_same_bits(name: str, head_dim: int, group: int, tokens: int) -> None:
+    """Instances that only cut by count take them, those that cut either way the same lengths otherwise."""
+    case, books = case_of(name, head_dim, group, 4)
+    q, k, v = (x.to(DEVICE) for x in case.inputs(tokens))
+    new = lengths(*[tokens] * 4).to(DEVICE)
+    for length in (0, 70, 1000, 4300):
+        rest = (lengths(*[length] * 4).to(DEVICE), new, None, case.scheme, books)
+        y = cuda.attend(q, k, v, *rest, case.clone(), head_dim**-0.5)
+        with cut_by_work(NEVER):
+            for _ in range(3):
+                assert torch.equal(bits(cuda.attend(q, k, v, *rest, case.clone(), head_dim**-0.5)), bits(y))
+
+
 @pytest.mark.parametrize("name", ["hq3", MED3])
 @pytest.mark.parametrize("batch", [2, 16])
 def test_a_captured_graph_serves_both_cuts(name: str, batch: int) -> None:
