@@ -98,18 +98,29 @@ def test_a_ragged_batch_is_cut_by_work(emulated: EmulatedGpu) -> None:
         ("hq5", 64, 2, 1),
     ],
 )
-@pytest.mark.parametrize("past", [(900,) * 6, (330,) * 40], ids=["several splits", "one split"])
 def test_equal_lengths_have_the_bits_of_a_cut_by_count(
-    emulated: EmulatedGpu, name: str, head_dim: int, group: int, tokens: int, past: tuple[int, ...]
+    emulated: EmulatedGpu, name: str, head_dim: int, group: int, tokens: int
 ) -> None:
     """The latter by kernels that only cut by count, but for hq5, of which the emulation has none."""
-    case = case_of(name, head_dim, 4, group, past)
-    inputs, new = case.inputs(tokens), (tokens,) * len(past)
+    case = case_of(name, head_dim, 4, group, (900,) * 6)
+    inputs, new = case.inputs(tokens), (tokens,) * 6
     y = attend(case, inputs, new, case.clone())
     with cut_by_work(NEVER):
         assert_same_on_all(emulated, case, new, y)
     with cut_by_work(ALWAYS):
         assert not torch.equal(bits(attend(case, inputs, new, case.clone())), bits(y))
+
+
+@pytest.mark.parametrize(("name", "head_dim", "group", "tokens"), [("hq3", 64, 3, 3), ("hq4", 128, 2, 1)])
+def test_problems_of_one_split_have_the_bits_of_a_cut_by_count(
+    emulated: EmulatedGpu, name: str, head_dim: int, group: int, tokens: int
+) -> None:
+    """As many as an H100 has multiprocessors, or twice as many."""
+    case = case_of(name, head_dim, 4, group, (200,) * 33)
+    new = (tokens,) * 33
+    y = attend(case, case.inputs(tokens), new, case.clone())
+    with cut_by_work(NEVER):
+        assert_same_on_all(emulated, case, new, y)
 
 
 def test_sequences_before_another_one_keep_their_bits(emulated: EmulatedGpu) -> None:

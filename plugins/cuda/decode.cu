@@ -38,7 +38,8 @@ constexpr bool kCompactBuilt = true;
 constexpr bool kCompactBuilt = false;
 #endif
 
-// Which instances have one beside them that only cuts by count: those of the CMakeLists.txt.
+// Which instances have one beside them that only cuts by count (hqmq_has_count_instance of
+// cmake/DecodeInstances.cmake).
 template <class Key, int D>
 constexpr bool kCountBuilt = kLargeBuilt && !Key::kCompact && D <= 128;
 

@@ -425,8 +425,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 }
 
 // One instance of the kernel. Defined in decode_*.cu, one file an instance. kByWork: it takes calls
-// cut either way; else those that the host cuts by count (Cut::pieces 0), faster and with the same
-// bits.
+// cut either way; else those that the host cuts by count (Cut::pieces 0), with the same bits
+// and without the code for the other cut.
 template <class Key, class Value, int D, int kColumns, bool kByWork = true>
 struct DecodeInstance {
   using Memory = typename MemoryLayout<Key, Value, D, kColumns>::Type;
