@@ -63,7 +63,7 @@ Status EncodePages(const AppendJob& append, cudaStream_t stream) {
   const auto encode = [&](int role, int roles) {
     job.role = role;
     job.roles = roles;
-    return job.fast[role] ? EncodeFast(job, gpu, stream) : EncodeGeneral(job, stream);
+    return job.fast[role] ? EncodeFast(job, gpu, stream) : EncodeGeneral(job, gpu, stream);
   };
   const auto filtered = [&](int i) { return job.fast[i] && Filtered(append.view[i].role); };
   if (append.roles == 1 || (job.fast[0] == job.fast[1] && filtered(0) == filtered(1)))

@@ -73,6 +73,7 @@ template <int D, int kColumns>
 __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p,
                                           DecodeShared<D>* shared, int own_warp, int lane,
                                           LaneRows<D, kColumns>* rows) {
+  lane = ptx::Late(lane);
   const AttentionJob& a = job.attention;
   const int r = lane >> 2, j = lane & 3;
   const OwnSlots slots(job, p);

@@ -54,6 +54,7 @@ __device__ __forceinline__ void JoinStates(const DecodeJob& job, const P& p, int
                                            Pending* pending, const float4* states,
                                            DecodeShared<D>* shared, int warp, int lane) {
   static_assert(kDecodeWarps == 16 && kOwnWarps == 4, "four warps for each q");
+  lane = ptx::Late(lane);
   constexpr int kTiles = LaneRows<D, kColumns>::kTiles;
   constexpr int kShare = kTiles * kWarp / kDecodeWarps;  // float4 of a warp
   const bool last = pending->split == p.own;

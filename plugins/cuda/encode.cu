@@ -71,6 +71,9 @@ template <int D, bool kFilter, class Shown>
 __global__ void __launch_bounds__(kEncodeThreads, BlocksAnSm(D))
     EncodeKernel(const __grid_constant__ EncodeJob job) {
   HQMQ_DYNAMIC_SHARED(dynamic);
+  // The next kernel reads the call's inputs without waiting: they are complete once this one has
+  // waited for the kernels before.
+  ptx::GridWait();
   ptx::GridTrigger();
   StartAppend(job, blockIdx.x, gridDim.x, kEncodeThreads);
   const bool one = job.append.call.tokens == 1;
@@ -108,14 +111,16 @@ bool AllFit(const EncodeJob& job) {
 }
 
 template <int D>
-Status Run(const EncodeJob& job, bool filter, int64_t blocks, int shared, cudaStream_t stream) {
+Status Run(const EncodeJob& job, bool filter, int64_t blocks, int shared, const Gpu& gpu,
+           cudaStream_t stream) {
   void (*kernel)(EncodeJob) =
       filter ? EncodeKernel<D, true, AnyCode> : EncodeKernel<D, false, AnyCode>;
   if constexpr (D == 128) {
     if (filter && AllFit<Hq4>(job)) kernel = EncodeKernel<D, true, Hq4>;
     if (!filter && AllFit<Hq3>(job)) kernel = EncodeKernel<D, false, Hq3>;
   }
-  return Launch(kernel, dim3(static_cast<unsigned>(blocks)), kEncodeThreads, shared, stream, job);
+  return LaunchEarly(kernel, dim3(static_cast<unsigned>(blocks)), kEncodeThreads, shared, stream,
+                     job, gpu);
 }
 
 }  // namespace
@@ -145,9 +150,9 @@ Status EncodeFast(const EncodeJob& whole, const Gpu& gpu, cudaStream_t stream) {
     shared = std::max(shared, FewestShared(job.append.view[i].role));
   const int64_t items = pages * job.pieces;
   const int64_t blocks = call.tokens > 1 ? items : std::min(items, wanted);
-  if (role.head_dim == 64) return Run<64>(job, filter, blocks, shared, stream);
-  if (role.head_dim == 128) return Run<128>(job, filter, blocks, shared, stream);
-  return Run<256>(job, filter, blocks, shared, stream);
+  if (role.head_dim == 64) return Run<64>(job, filter, blocks, shared, gpu, stream);
+  if (role.head_dim == 128) return Run<128>(job, filter, blocks, shared, gpu, stream);
+  return Run<256>(job, filter, blocks, shared, gpu, stream);
 }
 
 }  // namespace cuda

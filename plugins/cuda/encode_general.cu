@@ -239,7 +239,8 @@ __device__ void CopyPage(const RoleView& view, const Span& span, int b, int h, i
 __global__ void __launch_bounds__(kThreads, 2)
     EncodeGeneralKernel(const __grid_constant__ EncodeJob whole) {
   HQMQ_DYNAMIC_SHARED(shared);
-  ptx::GridTrigger();
+  ptx::GridWait();
+  ptx::GridTrigger();  // as EncodeKernel
   const AppendJob& job = whole.append;
   const int which = whole.role + blockIdx.y;
   const RoleView& view = job.view[which];
@@ -362,7 +363,7 @@ size_t GeneralScratch(const RoleParams& role, int64_t lanes, int tokens) {
   return sizeof(float) * PageFloats(role) * lanes * MostPages(tokens, role.page_size);
 }
 
-Status EncodeGeneral(const EncodeJob& job, cudaStream_t stream) {
+Status EncodeGeneral(const EncodeJob& job, const Gpu& gpu, cudaStream_t stream) {
   size_t shared = 0;
   for (int i = 0; i < job.roles; ++i) {
     const RoleParams& role = job.append.view[job.role + i].role;
@@ -373,8 +374,8 @@ Status EncodeGeneral(const EncodeJob& job, cudaStream_t stream) {
   }
   const Call& call = job.append.call;
   const int64_t blocks = static_cast<int64_t>(call.batch) * call.heads * job.most;
-  return Launch(EncodeGeneralKernel, dim3(static_cast<unsigned>(blocks), job.roles), kThreads,
-                shared, stream, job);
+  return LaunchEarly(EncodeGeneralKernel, dim3(static_cast<unsigned>(blocks), job.roles), kThreads,
+                     shared, stream, job, gpu);
 }
 
 }  // namespace cuda

@@ -32,7 +32,7 @@ constexpr int kMostSlots = 16;
 
 // Any scheme, head_dim and alignment: a block a page (encode_general.cu).
 size_t GeneralScratch(const RoleParams& role, int64_t lanes, int tokens);
-Status EncodeGeneral(const EncodeJob& job, cudaStream_t stream);
+Status EncodeGeneral(const EncodeJob& job, const Gpu& gpu, cudaStream_t stream);
 
 // head_dim 64, 128, 256, no outliers (encode.cu).
 bool FastEncodeTakes(const RoleView& view, int shared_limit);

@@ -28,8 +28,7 @@ template <int D>
 constexpr size_t kSm90SharedBytes = sizeof(Sm90Shared<D>) + 1024;
 static_assert(kSm90SharedBytes<128> <= 227 * 1024, "what a block may have on sm_90");
 
-// Of ptx::SyncThreads; kTurnBarrier: and the next one, a warpgroup's each.
-constexpr int kProducerBarrier = 1, kRowsBarrier = 2, kTurnBarrier = 3;
+constexpr int kProducerBarrier = 1, kRowsBarrier = 2;  // of ptx::SyncThreads
 
 // Stage of a round, from the block's first on, and the parity of its barriers' phase.
 template <class Shape>
@@ -218,22 +217,14 @@ __device__ __forceinline__ void AttendRounds(const PrefillJob& job, Sm90Shared<D
   release(0, stage);
   weigh(tiles.first);  // there are no outputs yet
   state.Pack();
-  // The warpgroups take turns to start products: those of one are under way while the other makes
-  // weights. The second one lets the first begin.
-  const int group = warp / (Shape::kWarps / 2);
-  constexpr int kThreads = Shape::kWarps * kWarp;
   int i = tiles.first;
-  if (group == 1 && i + Shape::kTiles < tiles.end) ptx::ArriveThreads(kTurnBarrier, kThreads);
 #pragma unroll 1
   for (; i + Shape::kTiles < tiles.end; i += Shape::kTiles) {
     const uint16_t* value = values(i, stage);
     const Sm90Stage<Shape> after = stage.Next();
     wait(0, after);
-    ptx::SyncThreads(kTurnBarrier + group, kThreads);
     state.StartScores(shared->round[0][after.index]);
     state.template StartOutputs<Shape::kTiles>(value);
-    if (group == 0 || i + 2 * Shape::kTiles < tiles.end)  // else the first has no more turn
-      ptx::ArriveThreads(kTurnBarrier + 1 - group, kThreads);
     ptx::ProductsWait<1>();
     ptx::Hold(rows.score[0]);
     release(0, after);

@@ -355,6 +355,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// x, of which the compiler knows nothing: what is made of it is made here, not ahead of a loop to
+// wait in local memory.
+__device__ __forceinline__ int Late(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Programmatic dependent launch. GridWait: until the kernels before this one are complete and their
 // writes are seen. GridTrigger: the next kernel may start. Nothing happens where neither is used.
 __device__ __forceinline__ void GridWait() {

@@ -33,10 +33,6 @@ __device__ __forceinline__ void FenceProducts() {
 __device__ __forceinline__ void SyncThreads(int id, int count) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(count) : "memory");
 }
-// The same, by those that do not wait for the others.
-__device__ __forceinline__ void ArriveThreads(int id, int count) {
-  asm volatile("bar.arrive %0,%1;" ::"r"(id), "r"(count) : "memory");
-}
 template <int kRegisters>
 __device__ __forceinline__ void MoreRegisters() {
 #ifdef HQMQ_WARPGROUPS

@@ -23,10 +23,6 @@ inline void SyncThreads(int id, int count, HQMQ_HERE) {
   Meet(Meeting::kSyncwarp, nullptr, 0, site);
   emulation::NamedBarrier(id, count, true, site);
 }
-inline void ArriveThreads(int id, int count, HQMQ_HERE) {
-  Meet(Meeting::kSyncwarp, nullptr, 0, site);
-  emulation::NamedBarrier(id, count, false, site);
-}
 template <int kRegisters>
 void MoreRegisters() {}
 template <int kRegisters>
