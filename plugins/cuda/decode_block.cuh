@@ -195,11 +195,38 @@ struct DecodeBlock {
   __device__ __forceinline__ int AddTwo(const DecodeJob& job, const Problem& p, int tile, int left,
                                         uint32_t at, int part, int lane, Rows* rows) {
     bool two = left > 1;
-    const int own = two ? lane >> 1 & 1 : 0;
+    const bool own = two && (lane & 2) != 0;
     const uint32_t key_at = at + part * S::kKeyTile;
     const uint32_t value_at = at + S::kValue + part * S::kValueTile;
-    const uint32_t scales_at = at + S::kKeyScales + (part + own) * S::kScalesTile;
+    const uint32_t scales_at = at + S::kKeyScales + part * S::kScalesTile + own * S::kScalesTile;
     const KeyLevels key_levels = Key::LoadLevels(key);
+    float score[4], scale[4];
+    const auto score_keys = [&](uint32_t from) {
+      KeySlice k[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        k[i] = Key::template Load<kKeyChunks>(from + i * 8 * S::kKeyToken, key_codes);
+      float sum[2][4] = {};
+      AddKeys(key_levels, k, sum);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) score[c] = sum[0][c] + sum[1][c];
+    };
+    score_keys(key_at);
+    if (two) {
+      const float first[4] = {score[0], score[1], score[2], score[3]};
+      score_keys(key_at + S::kKeyTile);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) score[c] = own ? score[c] : first[c];
+    }
+    const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
+    uint32_t scales[2][2];                                          // of K, V
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
+      scales[0][i] = S::LoadScale(at);
+      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
+    }
+    // The first tile's codes arrive while weights are made.
     ValueSlice v[2][2];
     const auto load_values = [&](uint32_t from) {
 #pragma unroll
@@ -210,41 +237,13 @@ struct DecodeBlock {
               Value::template Load<kValueChunks>(from + half * 8 * S::kValueToken, value_codes[i]);
       }
     };
-    float score[4], scale[4];
-    const auto score_keys = [&](uint32_t from, const auto& meanwhile) {
-      KeySlice k[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        k[i] = Key::template Load<kKeyChunks>(from + i * 8 * S::kKeyToken, key_codes);
-      meanwhile();
-      float sum[2][4] = {};
-      AddKeys(key_levels, k, sum);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) score[c] = sum[0][c] + sum[1][c];
-    };
-    uint32_t scales[2][2];  // of K, V
-    score_keys(key_at, [&] {
-      const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
-        scales[0][i] = S::LoadScale(at);
-        scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
-      }
-      load_values(value_at);
-    });
-    if (two) {
-      const float first[4] = {score[0], score[1], score[2], score[3]};
-      score_keys(key_at + S::kKeyTile, [] {});
-#pragma unroll
-      for (int c = 0; c < 4; ++c) score[c] = own ? score[c] : first[c];
-    }
+    load_values(value_at);
     const float missing[4] = {};
     const bool seen_by_all = static_cast<uint32_t>(tile - seen) < static_cast<uint32_t>(seen_count);
     const float largest =
         Scores(job, p, tile + own, seen_by_all, lane, scales, missing, score, scale);
     uint32_t packed[2][2], weight[kColumns / 2][2];
-    rows->WeighTwo(score, scale, largest, &two, packed);
+    rows->WeighTwo(score, scale, largest, (lane & 2) == 2 * (tile & job.pair_mask), &two, packed);
     typename Value::Levels value_levels;
     if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
     if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
@@ -266,7 +265,7 @@ struct DecodeBlock {
   // pair, for kSumsPairs. fill: fills this stage, if kFillsWithin.
   template <class Fill>
   __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile, int end,
-                                          uint32_t at, int part, bool second, int lane, Rows* rows,
+                                          uint32_t at, int part, int lane, Rows* rows,
                                           const Fill& fill) {
     const AttentionJob& a = job.attention;
     const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
@@ -327,7 +326,7 @@ struct DecodeBlock {
     const float largest = Scores(job, p, tile, seen_by_all, lane, scales, missing, score, scale);
     uint32_t weight[kColumns / 2][2];
     float p_of[4];
-    rows->Weigh(score, scale, largest, weight, p_of, second);
+    rows->Weigh(score, scale, largest, weight, p_of, kSumsPairs && (tile & job.pair_mask) != 0);
     if constexpr (kOutliers) {
       __syncwarp();  // K's records are read
       outliers.StoreWeights(p_of, key_at, first_token, lane);

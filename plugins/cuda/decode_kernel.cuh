@@ -149,18 +149,18 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
           }
         }
         const int count = S::Count(job, tile, tiles.end);
-        int part = 0;
+        if constexpr (self.kPairs) {
 #pragma unroll 1
-        do {
-          if constexpr (self.kPairs) {
-            part += self.AddTwo(job, p, tile + part, count - part, stage, part, lane, &rows);
-          } else {
-            // Compact instances, whose stages hold one tile, sum as if they were of two.
-            const bool second = self.kSumsPairs && (tile & job.pair_mask) && tile > tiles.begin;
-            self.AddTile(job, p, tile + part, tiles.end, stage, part, second, lane, &rows, fill);
-            ++part;
-          }
-        } while (part < count);
+          for (int left = count; left > 0;)
+            left -=
+                self.AddTwo(job, p, tile + count - left, left, stage, count - left, lane, &rows);
+        } else {
+          int part = 0;
+#pragma unroll 1
+          do {
+            self.AddTile(job, p, tile + part, tiles.end, stage, part, lane, &rows, fill);
+          } while (++part < count);
+        }
         if constexpr (Key::kCompact && !self.kFillsWithin) {
           __syncwarp();
           fill();

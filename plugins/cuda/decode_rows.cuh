@@ -27,8 +27,8 @@ constexpr float kWeightShift = kMostWeight - kSlack;
 constexpr float kNoScore = -1e30f;
 
 // Rows: 4 or 8. Scores of the lane: columns 2j and 2j+1; columns 4-7 repeat 0-3 of four rows.
-// kPairs: lanes with j < 2 sum the weights of the first tile of a pair and of single tiles, the
-// others those of the second one, for which they have the scores (WeighTwo).
+// kPairs: lanes with j < 2 sum weights of tiles that may be the first of a pair (WeighTwo), and of
+// exact tokens; the others those of tiles that may be the second.
 template <int D, int kColumns, bool kPairs = false>
 struct LaneRows {
   static_assert(!kPairs || kColumns == 4, "columns 4-7 repeat others");
@@ -57,8 +57,10 @@ struct LaneRows {
     if constexpr (kPairs) {
       largest = OfSecond() ? 0.0f : largest;
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        next[i] = __shfl_sync(kAllLanes, next[i], static_cast<int>(threadIdx.x & 29));
+      for (int i = 0; i < 2; ++i) {
+        const float other = __shfl_xor_sync(kAllLanes, next[i], 2);
+        next[i] = OfSecond() ? other : next[i];
+      }
     }
 #pragma unroll
     for (int offset = 4; offset < kWarp; offset *= 2) {
@@ -97,16 +99,15 @@ struct LaneRows {
   // Weights of a tile from its scores, times the scales of V, as second operands: weight[i][h] of
   // token 2j + i of the upper (0) and lower (1) eight tokens; kColumns 8: [i + 2] for elements
   // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity;
-  // largest: of them; p: exp2(score - base); second: of a pair, for kPairs.
+  // largest: of them; p: exp2(score - base); odd: may be the second of a pair, for kPairs.
   __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[4],
                                         float largest, uint32_t (&weight)[kColumns / 2][2],
-                                        float (&p)[4], [[maybe_unused]] bool second = false) {
+                                        float (&p)[4], [[maybe_unused]] bool odd = false) {
     float above[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
     const float most = fmaxf(fmaxf(above[0], above[2]), fmaxf(above[1], above[3]));
     if (__any_sync(kAllLanes, (most > limit) | (largest > unit))) {
-      second = false;  // as WeighTwo leaves it alone
       Rescale(score, largest);
 #pragma unroll
       for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
@@ -117,7 +118,7 @@ struct LaneRows {
       p[k] = ptx::Exp2(above[k]);
       product[k] = p[k] * scale[k];
     }
-    const bool counts = !kPairs || OfSecond() == second;
+    const bool counts = !kPairs || OfSecond() == odd;
     sum[0] += counts ? p[0] + p[2] : 0.0f;
     sum[1] += counts ? p[1] + p[3] : 0.0f;
 #pragma unroll
@@ -144,11 +145,13 @@ struct LaneRows {
   }
 
   // As Weigh, of two tiles at once: lanes with j < 2 have the scores and scales of the first one,
-  // the others those of the second one, if there are two, else they have the same. two: becomes
-  // false where the second one must wait, as it needs another maximum or unit. packed: of each
-  // tile, for Spread.
+  // the others those of the second one; if there is one tile, all have its. two: becomes false
+  // where the second must wait, as the first one's weights are for another maximum or unit. alone:
+  // the lane sums weights of the first tile if it is the only one. packed: of each tile, for
+  // Spread.
   __device__ __forceinline__ void WeighTwo(const float (&score)[4], const float (&scale)[4],
-                                           float largest, bool* two, uint32_t (&packed)[2][2]) {
+                                           float largest, bool alone, bool* two,
+                                           uint32_t (&packed)[2][2]) {
     float above[4];
     const auto over = [&] {
 #pragma unroll
@@ -170,9 +173,10 @@ struct LaneRows {
       p[k] = ptx::Exp2(above[k]);
       product[k] = p[k] * scale[k];
     }
-    const bool counts = *two || !OfSecond();
-    sum[0] += counts ? p[0] + p[2] : 0.0f;
-    sum[1] += counts ? p[1] + p[3] : 0.0f;
+    if (*two || alone) {
+      sum[0] += p[0] + p[2];
+      sum[1] += p[1] + p[3];
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Lane (r, j) gets row r % 4 of the first tile (r < 4) or the second one.
