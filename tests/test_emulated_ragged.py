@@ -94,8 +94,8 @@ class Rising(Attention):
     ("name", "compact"), [("hq3", True), ("k=hq3,v=hq2.5", True), ("hq3.5", False), ("k=hq4,v=hq3.5", False)]
 )
 def test_tiles_that_need_another_maximum(emulated: EmulatedGpu, name: str, compact: bool) -> None:
-    """Weights of two tiles are made together, but not of these. Compact instances, as far as they are emulated, take one
-    tile at a time and give the same bits."""
+    """Weights of two tiles are made together, but not of these. Compact instances, as far as they are emulated, take
+    one tile at a time and give the same bits."""
     case = Rising(name, 64, 1, 4, past=(2100, 1203, 517), capacity=2112, dtype=torch.float16)
     with cut_by_work(ALWAYS):
         y = assert_right(case, (1, 1, 1), DECODE, LIMIT)
