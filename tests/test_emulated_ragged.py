@@ -3,6 +3,8 @@ oracle's answers, and the same bits in every order and on every GPU. tests/test_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,31 @@ def test_less_shared_memory_changes_no_bit(emulated: EmulatedGpu, name: str, hea
         y = assert_right(case, new, DECODE, LIMIT)
         emulated.use(1, shared_limit=99 * 1024)
         assert torch.equal(bits(assert_right(case, new, DECODE, LIMIT)), bits(y))
+
+
+@dataclass
+class Rising(Attention):
+    """K and V grow from tile to tile (of 16 tokens) for 16 tiles, V by twice, and then begin anew."""
+
+    def inputs(self, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v for `tokens` new rows."""
+        q, k, v = super().inputs(tokens, seed)
+        tile = (torch.arange(tokens) // 16 % 16)[:, None].to(k.dtype)
+        return q, k * (1 + tile / 8), v * 2 ** (tile - 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "compact"), [("hq3", True), ("k=hq3,v=hq2.5", True), ("hq3.5", False), ("k=hq4,v=hq3.5", False)]
+)
+def test_tiles_that_need_another_maximum(emulated: EmulatedGpu, name: str, compact: bool) -> None:
+    """Weights of two tiles are made together, but not of these. Compact instances, as far as they are emulated, take
+    one tile at a time and give the same bits."""
+    case = Rising(name, 64, 1, 4, past=(2100, 1203, 517), capacity=2112, dtype=torch.float16)
+    with cut_by_work(ALWAYS):
+        y = assert_right(case, (1, 1, 1), DECODE, LIMIT)
+        if compact:
+            emulated.use(1, shared_limit=99 * 1024)
+            assert torch.equal(bits(assert_right(case, (1, 1, 1), DECODE, LIMIT)), bits(y))
 
 
 def test_a_ragged_batch_is_cut_by_work(emulated: EmulatedGpu) -> None:

@@ -14,6 +14,8 @@ struct Stage {
   static constexpr int kTiles = Key::template kStageTiles<D> < Value::template kStageTiles<D>
                                     ? Key::template kStageTiles<D>
                                     : Value::template kStageTiles<D>;
+  // Four query rows: whether weights of both tiles of a stage are made together.
+  static constexpr bool kPairs = kTiles == 2 && !Key::kOutliers;
   static constexpr int kKeyToken = D / 4 * Key::kCodeBits / 8;  // bytes
   static constexpr int kValueToken = D / 4 * Value::kCodeBits / 8;
   static constexpr int kKeyTile = kDecodeTile * kKeyToken;

@@ -2,234 +2,11 @@
 // how the work is cut, decode_rows.cuh how a tile is computed).
 #pragma once
 
-#include "decode_arena.cuh"
-#include "decode_outliers.cuh"
+#include "decode_block.cuh"
 #include "decode_reduce.cuh"
 
 namespace hqmq {
 namespace cuda {
-
-template <class Key, class Value, int D, int kColumns>
-struct DecodeBlock {
-  using S = Stage<Key, Value, D>;
-  using Rows = LaneRows<D, kColumns>;
-  static constexpr int kKeyChunks = D / 16, kValueChunks = D / 32;  // of a lane and token
-  static constexpr int kValueGroup = kValueChunks < 4 ? kValueChunks : 4;
-
-  // What a lane keeps of the kernel.
-  typename Key::Lane key;
-  typename Value::Lane value;
-  typename Key::Where key_codes;
-  typename Value::Where value_codes[2];  // of rows 2j, 2j+1
-  bool turned = false;                   // V's outputs are sums of K's words
-  // Of the problem.
-  static constexpr bool kSharedQuery = D * kColumns > 1024;
-  std::conditional_t<kSharedQuery, SharedQuery<D, kColumns>, QueryLane<D, kColumns>> query;
-  float factor[2];      // from sums of products to scores in base 2, by column
-  float mean_score[2];  // scores of the page's mean
-  struct None {};
-  static constexpr bool kOutliers = Key::kOutliers;
-  static_assert(kOutliers == Value::kOutliers, "both roles have outliers or none");
-  using Outliers = TileOutliers<D, kColumns>;
-  std::conditional_t<kOutliers, Outliers, None> outliers;
-  int pages;  // of the sequence and head: PagesOf
-  // First tile whose keys are all seen by all rows as codes, and how many there are.
-  int seen, seen_count;
-
-  // query_chunks: address of the queries' chunks, if there are outliers.
-  __device__ __forceinline__ void LoadProblem(const DecodeJob& job, const Problem& p,
-                                              DecodeShared<D>* shared, uint32_t query_chunks,
-                                              int warp, int lane) {
-    const AttentionJob& a = job.attention;
-    if constexpr (kOutliers || !S::kMeans) pages = PagesOf(job, p.b, p.h);
-    if constexpr (kOutliers) {
-      outliers.StoreQueries(*shared, query_chunks);
-      if constexpr (!kSharedQuery) __syncthreads();
-    }
-    if constexpr (kSharedQuery) {
-      query.Load(shared, warp, lane);
-      __syncthreads();
-    } else {
-      query.Load(*shared, 1, lane);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = (2 * (lane & 3) + i) & (kColumns - 1);
-      factor[i] = a.scale * 1.44269504f * shared->factor[1][row];
-      mean_score[i] = 0.0f;
-    }
-    const int oldest = max(OldestKey(p.last_time, a.window), a.key.role.sink_tokens);
-    seen = (oldest + kDecodeTile - 1) / kDecodeTile;
-    seen_count = max((p.first_time & ~(a.key.role.page_size - 1)) / kDecodeTile - seen, 0);
-  }
-
-  // Every row of the operand is the mean, so that each lane gets the scores of its columns: rows
-  // r from the first and third word of a lane's four, rows r + 8 from the second and fourth. load:
-  // 16 bytes of the mean at the sum of two places in bytes.
-  template <class Load>
-  __device__ __forceinline__ void ScoreMean(const Load& load, int lane) {
-    float sum[4][4] = {};  // four chains, as each waits for its own sums
-#pragma unroll
-    for (int i = 0; i < D / 32; ++i) {
-      const uint4 x = load((lane & 3) * (D / 2), 16 * i);
-      const uint4 q = query.Two(i);
-      ptx::Mma(sum[2 * i % 4], x.x, x.y, x.z, x.w, q.x, q.y);
-      ptx::Mma(sum[(2 * i + 1) % 4], x.x, x.y, x.z, x.w, q.z, q.w);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      mean_score[i] = ((sum[0][i] + sum[1][2 + i]) + (sum[2][i] + sum[3][2 + i])) * factor[i];
-  }
-
-  // Compact instances fill a stage anew once a tile's codes are in registers. With outliers, whose
-  // records take the place of the codes, they do so after the tile.
-  static constexpr bool kFillsWithin = Key::kCompact && !kOutliers;
-
-  // Before a stage is filled anew. Loads of V's codes may be issued just before the bulk copies,
-  // which write without asking whether they have read: only a fence keeps them apart.
-  static __device__ __forceinline__ void ReadsAreDone() {
-    ptx::ProxyFence();
-    __syncwarp();
-  }
-
-  // Tile number `tile` of a run that ends before `end`: `part` of the stage at `at`. fill: fills
-  // this stage, if kFillsWithin.
-  template <class Fill>
-  __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile, int end,
-                                          uint32_t at, int part, int lane, Rows* rows,
-                                          const Fill& fill) {
-    const AttentionJob& a = job.attention;
-    const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
-    const uint32_t key_at = at + part * S::kKeyTile;
-    const uint32_t value_at = at + S::kValue + part * S::kValueTile;
-    const uint32_t scales_at = at + S::kKeyScales + part * S::kScalesTile;
-    float sum[2][4] = {};
-    const typename Key::Levels key_levels = Key::LoadLevels(key);
-    typename Key::template Slice<kKeyChunks> k[2];
-    typename Value::template Slice<kValueChunks> v[2][2];
-    uint32_t scales[2][2];  // of K, V
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      k[i] = Key::template Load<kKeyChunks>(key_at + i * 8 * S::kKeyToken, key_codes);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
-      scales[0][i] = S::LoadScale(at);
-      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
-    }
-    // V's codes arrive while K's products are made, where registers allow.
-    const auto load_values = [&](int half) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        v[half][i] = Value::template Load<kValueChunks>(value_at + half * 8 * S::kValueToken,
-                                                        value_codes[i]);
-    };
-    if constexpr (D <= 128) load_values(0), load_values(1);
-    // Outliers' records, and then weights for them, take the place of codes that are loaded.
-    [[maybe_unused]] const uint32_t lists[2] = {key_at,
-                                                D <= 128 ? value_at : key_at + S::kKeyTile / 2};
-    if constexpr (kOutliers) {
-      static_assert(S::kKeyTile >= (D <= 128 ? 1 : 2) * Outliers::kListBytes &&
-                        (D > 128 || S::kValueTile >= Outliers::kListBytes) &&
-                        S::kKeyTile / (D <= 128 ? 1 : 2) >= kDecodeTile * Outliers::kWeightBytes,
-                    "records and weights fit");
-      __syncwarp();
-      outliers.Begin(job, pages, tile, end, lists, lane);
-    }
-#pragma unroll
-    for (int group = 0; group < kKeyChunks / 4; ++group) {
-      uint2 x[4], y[4];
-      Key::template Decode<0>(key, key_levels, k[0], group, x);
-      Key::template Decode<0>(key, key_levels, k[1], group, y);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4 q = query.Two(2 * group + i);
-        ptx::Mma(sum[0], x[2 * i].x, y[2 * i].x, x[2 * i + 1].x, y[2 * i + 1].x, q.x, q.y);
-        ptx::Mma(sum[1], x[2 * i].y, y[2 * i].y, x[2 * i + 1].y, y[2 * i + 1].y, q.z, q.w);
-      }
-    }
-    // Not before K's products, whose codes would lie in registers meanwhile.
-    if constexpr (kFillsWithin && D <= 128) {
-      ReadsAreDone();
-      fill();
-    }
-    float score[4], scale[4];
-    [[maybe_unused]] float missing[4] = {};
-    if constexpr (kOutliers) {
-#pragma unroll 1
-      for (int round = 0; round < outliers.Rounds(); ++round) {
-        outliers.Round(job, pages, tile, 0, round, lists, lane);
-        outliers.AddScores(lists[0], first_token, lane, missing);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float of_key = FloatFromHalf(scales[0][i]);
-      scale[2 * i] = scale[2 * i + 1] = FloatFromHalf(scales[1][i]);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        score[2 * i + c] = Fma((sum[0][2 * i + c] + sum[1][2 * i + c]), of_key * factor[c],
-                               kOutliers ? missing[2 * i + c] * factor[c] : mean_score[c]);
-      }
-    }
-    if (job.cap > 0.0f) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) score[c] = Capped(score[c], job.cap, job.per_cap);
-    }
-    float largest = fmaxf(scale[0], scale[2]);
-    if (static_cast<uint32_t>(tile - seen) >= static_cast<uint32_t>(seen_count)) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int row = (2 * (lane & 3) + (c & 1)) & (kColumns - 1);
-        const int time = RowTime(job, p, p.row + row), page = time & ~(a.key.role.page_size - 1);
-        const int t = tile * kDecodeTile + first_token + 8 * (c / 2);
-        // The first tokens of the sequence are among the exact ones.
-        if (t < OldestKey(time, a.window) || t < a.key.role.sink_tokens || t >= page) {
-          score[c] = MinusInfinity();
-          scale[c] = 0.0f;
-        }
-      }
-      largest = fmaxf(fmaxf(scale[0], scale[1]), fmaxf(scale[2], scale[3]));
-    }
-    uint32_t weight[kColumns / 2][2];
-    float p_of[4];
-    rows->Weigh(score, scale, largest, weight, p_of);
-    if constexpr (kOutliers) {
-      __syncwarp();  // K's records are read
-      outliers.StoreWeights(p_of, key_at, first_token, lane);
-    }
-    typename Value::Levels value_levels;
-    if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
-    if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (D > 128) load_values(half);
-      if constexpr (kFillsWithin && D > 128) {
-        if (half == 1) {
-          ReadsAreDone();
-          fill();
-        }
-      }
-#pragma unroll
-      for (int group = 0; group < kValueChunks / kValueGroup; ++group) {
-        uint2 x[kValueGroup], y[kValueGroup];
-        Value::template Decode<1>(value, value_levels, v[half][0], group, x);
-        Value::template Decode<1>(value, value_levels, v[half][1], group, y);
-#pragma unroll
-        for (int i = 0; i < kValueGroup; ++i)
-          rows->Add(kValueGroup * group + i, x[i], y[i], half, weight);
-      }
-    }
-    if constexpr (kOutliers) {
-#pragma unroll 1
-      for (int round = 0; round < outliers.Rounds(); ++round) {
-        outliers.Round(job, pages, tile, 1, round, lists, lane);
-        outliers.AddValues(lists[1], key_at, lane, rows);
-      }
-      ptx::ProxyFence();
-    }
-  }
-};
 
 // All of a block's items.
 template <class Key, class Value, int D, int kColumns, bool kByWork>
@@ -338,7 +115,7 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
     const int parts = splits + (first_split + splits == p.splits ? p.own - (p.splits - 1) : 0);
     for (int i = 0;; ++i) {  // once more than there are parts, to join the last one
       const int split = first_split + i;
-      LaneRows<D, kColumns> rows;
+      typename DecodeBlock<Key, Value, D, kColumns>::Rows rows;
       rows.Clear();
       const Tiles tiles = i < splits ? TilesOf<kRings>(p, split, warp) : Tiles{0, 0};
       using S = Stage<Key, Value, D>;
@@ -372,11 +149,18 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
           }
         }
         const int count = S::Count(job, tile, tiles.end);
-        int part = 0;
+        if constexpr (self.kPairs) {
 #pragma unroll 1
-        do {
-          self.AddTile(job, p, tile + part, tiles.end, stage, part, lane, &rows, fill);
-        } while (++part < count);
+          for (int left = count; left > 0;)
+            left -=
+                self.AddTwo(job, p, tile + count - left, left, stage, count - left, lane, &rows);
+        } else {
+          int part = 0;
+#pragma unroll 1
+          do {
+            self.AddTile(job, p, tile + part, tiles.end, stage, part, lane, &rows, fill);
+          } while (++part < count);
+        }
         if constexpr (Key::kCompact && !self.kFillsWithin) {
           __syncwarp();
           fill();
@@ -390,10 +174,10 @@ __device__ __forceinline__ void DecodeItems(const DecodeJob& job, float4* memory
       }
       const int own_warp = warp - (kDecodeWarps - kOwnWarps);
       if (i < parts && split == p.own && own_warp >= 0)
-        AttendOwn<D, kColumns>(job, p, shared, own_warp, lane, &rows);
+        AttendOwn(job, p, shared, own_warp, lane, &rows);
       if (i > 0) WaitJoined<D>(&pending, shared);
       if (i == parts) break;
-      StoreState<D, kColumns>(&rows, states, shared, warp, lane);
+      StoreState(&rows, states, shared, warp, lane);
       pending.split = split;
     }
     if (AreLastParts<D>(job, p, index, splits, shared))

@@ -69,10 +69,10 @@ __device__ __forceinline__ uint4 FiniteHalves(uint4 x, bool* any) {
 }
 
 // Exact tiles of one of the kOwnWarps warps. Sums up into rows.
-template <int D, int kColumns>
+template <int D, int kColumns, bool kPairs>
 __device__ __forceinline__ void AttendOwn(const DecodeJob& job, const Problem& p,
                                           DecodeShared<D>* shared, int own_warp, int lane,
-                                          LaneRows<D, kColumns>* rows) {
+                                          LaneRows<D, kColumns, kPairs>* rows) {
   lane = ptx::Late(lane);
   const AttentionJob& a = job.attention;
   const int r = lane >> 2, j = lane & 3;

@@ -18,11 +18,11 @@ struct Pending {
 
 // Stores a warp's state of an item. Every weight is scaled by 2^kWeightShift; it cancels between
 // outputs and sums. states: float4 [kDecodeWarps, kTiles, kWarp].
-template <int D, int kColumns>
-__device__ __forceinline__ void StoreState(LaneRows<D, kColumns>* rows, float4* states,
+template <int D, int kColumns, bool kPairs>
+__device__ __forceinline__ void StoreState(LaneRows<D, kColumns, kPairs>* rows, float4* states,
                                            DecodeShared<D>* shared, int warp, int lane) {
 #pragma unroll
-  for (int offset = 4; offset < kWarp; offset *= 2) {
+  for (int offset = kPairs ? 2 : 4; offset < kWarp; offset *= 2) {
     rows->sum[0] += __shfl_xor_sync(kAllLanes, rows->sum[0], offset);
     rows->sum[1] += __shfl_xor_sync(kAllLanes, rows->sum[1], offset);
   }

@@ -27,8 +27,11 @@ constexpr float kWeightShift = kMostWeight - kSlack;
 constexpr float kNoScore = -1e30f;
 
 // Rows: 4 or 8. Scores of the lane: columns 2j and 2j+1; columns 4-7 repeat 0-3 of four rows.
-template <int D, int kColumns>
+// kPairs: lanes with j < 2 sum weights of tiles that may be the first of a pair (WeighTwo), and of
+// exact tokens; the others those of tiles that may be the second.
+template <int D, int kColumns, bool kPairs = false>
 struct LaneRows {
+  static_assert(!kPairs || kColumns == 4, "columns 4-7 repeat others");
   static constexpr int kTiles = D / 32 * (kColumns / 4);  // accumulators [16, 8]
   float out[kTiles][4];
   float base[2], sum[2];
@@ -45,9 +48,20 @@ struct LaneRows {
     limit = kMostWeight + 24.0f;
   }
 
-  // When a maximum or the unit grows. score: in base 2; largest: of V's scales.
+  static __device__ __forceinline__ bool OfSecond() { return (threadIdx.x & 2) != 0; }
+
+  // When a maximum or the unit grows. score: in base 2; largest: of V's scales. kPairs: those of
+  // lanes with j < 2 count.
   __device__ __forceinline__ void Rescale(const float (&score)[4], float largest) {
     float next[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
+    if constexpr (kPairs) {
+      largest = OfSecond() ? 0.0f : largest;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float other = __shfl_xor_sync(kAllLanes, next[i], 2);
+        next[i] = OfSecond() ? other : next[i];
+      }
+    }
 #pragma unroll
     for (int offset = 4; offset < kWarp; offset *= 2) {
       next[0] = fmaxf(next[0], __shfl_xor_sync(kAllLanes, next[0], offset));
@@ -85,10 +99,10 @@ struct LaneRows {
   // Weights of a tile from its scores, times the scales of V, as second operands: weight[i][h] of
   // token 2j + i of the upper (0) and lower (1) eight tokens; kColumns 8: [i + 2] for elements
   // 1, 3. scale: of V by score; those of one token are alike, or 0 where the score is -infinity;
-  // largest: of them; p: exp2(score - base).
+  // largest: of them; p: exp2(score - base); odd: may be the second of a pair, for kPairs.
   __device__ __forceinline__ void Weigh(const float (&score)[4], const float (&scale)[4],
                                         float largest, uint32_t (&weight)[kColumns / 2][2],
-                                        float (&p)[4]) {
+                                        float (&p)[4], [[maybe_unused]] bool odd = false) {
     float above[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
@@ -104,22 +118,73 @@ struct LaneRows {
       p[k] = ptx::Exp2(above[k]);
       product[k] = p[k] * scale[k];
     }
-    sum[0] += p[0] + p[2];
-    sum[1] += p[1] + p[3];
+    const bool counts = !kPairs || OfSecond() == odd;
+    sum[0] += counts ? p[0] + p[2] : 0.0f;
+    sum[1] += counts ? p[1] + p[3] : 0.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Lane (r, j) gets row r of tokens 2j (lower 16 bits) and 2j+1.
       const uint32_t x = ptx::Transpose(ptx::PackHalf(product[2 * half], product[2 * half + 1]));
       if constexpr (kColumns == 4) {
-        const bool odd = (threadIdx.x & 16) != 0;  // columns 4-7
-        weight[0][half] = ptx::Permute(x, 0, odd ? 0x1044u : 0x4410u);
-        weight[1][half] = ptx::Permute(x, 0, odd ? 0x3244u : 0x4432u);
+        Spread(x, half, weight);
       } else {
         weight[0][half] = x & 0xFFFFu;
         weight[1][half] = x >> 16;
         weight[2][half] = x << 16;
         weight[3][half] = x & 0xFFFF0000u;
       }
+    }
+  }
+
+  // weight[i][half] of four rows.
+  static __device__ __forceinline__ void Spread(uint32_t x, int half,
+                                                uint32_t (&weight)[kColumns / 2][2]) {
+    const bool odd = (threadIdx.x & 16) != 0;  // columns 4-7
+    weight[0][half] = ptx::Permute(x, 0, odd ? 0x1044u : 0x4410u);
+    weight[1][half] = ptx::Permute(x, 0, odd ? 0x3244u : 0x4432u);
+  }
+
+  // As Weigh, of two tiles at once: lanes with j < 2 have the scores and scales of the first one,
+  // the others those of the second one; if there is one tile, all have its. two: becomes false
+  // where the second must wait, as the first one's weights are for another maximum or unit. alone:
+  // the lane sums weights of the first tile if it is the only one. packed: of each tile, for
+  // Spread.
+  __device__ __forceinline__ void WeighTwo(const float (&score)[4], const float (&scale)[4],
+                                           float largest, bool alone, bool* two,
+                                           uint32_t (&packed)[2][2]) {
+    float above[4];
+    const auto over = [&] {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) above[k] = score[k] - base[k & 1];
+      const float most = fmaxf(fmaxf(above[0], above[2]), fmaxf(above[1], above[3]));
+      return (most > limit) | (largest > unit);
+    };
+    bool any = over();
+    if (__any_sync(kAllLanes, any)) {
+      if (__any_sync(kAllLanes, any && !OfSecond())) {
+        Rescale(score, largest);
+        any = over();
+      }
+      *two = *two && !__any_sync(kAllLanes, any && OfSecond());
+    }
+    float p[4], product[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      p[k] = ptx::Exp2(above[k]);
+      product[k] = p[k] * scale[k];
+    }
+    if (*two || alone) {
+      sum[0] += p[0] + p[2];
+      sum[1] += p[1] + p[3];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Lane (r, j) gets row r % 4 of the first tile (r < 4) or the second one.
+      const uint32_t x = ptx::Transpose(ptx::PackHalf(product[2 * half], product[2 * half + 1]));
+      const uint32_t other = __shfl_xor_sync(kAllLanes, x, 16);
+      const bool lower = (threadIdx.x & 16) == 0;
+      packed[0][half] = lower ? x : other;
+      packed[1][half] = lower ? other : x;
     }
   }
 
