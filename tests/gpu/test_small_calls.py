@@ -88,3 +88,35 @@ def test_a_graph_of_a_small_call_serves_other_lengths() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(bits(y.cpu()), bits(expected))
+
+
+@pytest.mark.parametrize("scheme", ["hq3", "paper:s96_r4+med3"])
+def test_kernels_that_start_early_see_what_those_before_wrote(scheme: str) -> None:
+    """Encoding kernels let the next one start and wait for the one before: tokens appended one by one, until pages
+    fill, and attended to at once give the bytes and bits of calls that are waited for."""
+    case = Attention(scheme, 128, 2, 4, past=(0, 30, 61), capacity=256, dtype=torch.float16)
+    steps = 140
+    q, *rows = _gpu(list(case.inputs(steps + 1)))
+    roles, books = [case.scheme.key, case.scheme.value], [_gpu(role) for role in case.books]
+    tokens = [[x[:, :, t : t + 1].contiguous() for t in range(steps + 1)] for x in rows]
+    past = [(lengths(*case.past) + t).cuda() for t in range(steps + 1)]
+    one, query = lengths(1, 1, 1).cuda(), q[:, :, -1:].contiguous()
+
+    def run(wait: bool) -> tuple[Tensor, list[list[Tensor]]]:
+        caches = [_gpu(role) for role in case.clone()]
+        torch.cuda.synchronize()
+        for t in range(steps):
+            for role, book, cache, x in zip(roles, books, caches, tokens, strict=True):
+                cuda.append(x[t], past[t], one, role, book, cache)
+                if wait:
+                    torch.cuda.synchronize()
+        new = (query, tokens[0][steps], tokens[1][steps], past[steps], one)
+        y = cuda.attend(*new, None, case.scheme, books, caches, 128**-0.5)
+        torch.cuda.synchronize()
+        return y, caches
+
+    expected, written = run(wait=True)
+    for _ in range(3):
+        y, caches = run(wait=False)
+        assert torch.equal(bits(y), bits(expected))
+        assert_same_caches([[x.cpu() for x in role] for role in caches], [[x.cpu() for x in role] for role in written])
