@@ -267,7 +267,6 @@ struct DecodeBlock {
   __device__ __forceinline__ void AddTile(const DecodeJob& job, const Problem& p, int tile, int end,
                                           uint32_t at, int part, int lane, Rows* rows,
                                           const Fill& fill) {
-    const AttentionJob& a = job.attention;
     const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
     const uint32_t key_at = at + part * S::kKeyTile;
     const uint32_t value_at = at + S::kValue + part * S::kValueTile;
