@@ -29,3 +29,13 @@ function(hqmq_count_instance text out)
   endif()
   set(${out} "${count}" PARENT_SCOPE)
 endfunction()
+
+# Writes the compact or count form (`kind`) of `source`, a decode_*.cu of `folder`, into the current binary folder and adds
+# its path to the list `out`.
+function(hqmq_write_instance kind folder source out)
+  file(READ ${folder}/${source} text)
+  cmake_language(CALL hqmq_${kind}_instance "${text}" text)
+  string(REPLACE decode_ ${CMAKE_CURRENT_BINARY_DIR}/decode_${kind}_ path ${source})
+  file(CONFIGURE OUTPUT ${path} CONTENT "${text}" @ONLY)
+  set(${out} ${${out}} ${path} PARENT_SCOPE)
+endfunction()
