@@ -115,6 +115,39 @@ struct DecodeBlock {
   using ValueLevels = typename Value::Levels;
   using ValueSlice = typename Value::template Slice<kValueChunks>;
 
+  // Codes of K of the upper and the lower eight tokens of the tile at an address.
+  __device__ __forceinline__ void LoadKeys(uint32_t at, KeySlice (&k)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      k[i] = Key::template Load<kKeyChunks>(at + i * 8 * S::kKeyToken, key_codes);
+  }
+
+  // Bits of K's and V's scales of the lane's two tokens of the tile whose scales of K lie at an
+  // address.
+  static __device__ __forceinline__ void LoadScales(uint32_t scales_at, int lane,
+                                                    uint32_t (&scales)[2][2]) {
+    const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
+      scales[0][i] = S::LoadScale(at);
+      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
+    }
+  }
+
+  // For a tile of V, from those of K where V's words are K's.
+  __device__ __forceinline__ ValueLevels LoadValueLevels(const KeyLevels& key_levels) const {
+    if constexpr (Tables<Key, Value>::kTurned) {
+      if (turned) return key_levels;
+    }
+    return Value::LoadLevels(value);
+  }
+
+  // Whether all rows see all keys of a tile (kPairs: and of the next one).
+  __device__ __forceinline__ bool SeenByAll(int tile) const {
+    return static_cast<uint32_t>(tile - seen) < static_cast<uint32_t>(seen_count);
+  }
+
   // Adds K's products of a tile to two sums. k: codes of the upper and the lower eight tokens.
   __device__ __forceinline__ void AddKeys(const KeyLevels& key_levels, const KeySlice (&k)[2],
                                           float (&sum)[2][4]) {
@@ -203,9 +236,7 @@ struct DecodeBlock {
     float score[4], scale[4];
     const auto score_keys = [&](uint32_t from) {
       KeySlice k[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        k[i] = Key::template Load<kKeyChunks>(from + i * 8 * S::kKeyToken, key_codes);
+      LoadKeys(from, k);
       float sum[2][4] = {};
       AddKeys(key_levels, k, sum);
 #pragma unroll
@@ -218,14 +249,8 @@ struct DecodeBlock {
 #pragma unroll
       for (int c = 0; c < 4; ++c) score[c] = own ? score[c] : first[c];
     }
-    const int first_token = Value::template TokenOf<D>(lane >> 2);  // and 8 more
-    uint32_t scales[2][2];                                          // of K, V
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
-      scales[0][i] = S::LoadScale(at);
-      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
-    }
+    uint32_t scales[2][2];
+    LoadScales(scales_at, lane, scales);
     // The first tile's codes arrive while weights are made.
     ValueSlice v[2][2];
     const auto load_values = [&](uint32_t from) {
@@ -239,14 +264,11 @@ struct DecodeBlock {
     };
     load_values(value_at);
     const float missing[4] = {};
-    const bool seen_by_all = static_cast<uint32_t>(tile - seen) < static_cast<uint32_t>(seen_count);
     const float largest =
-        Scores(job, p, tile + own, seen_by_all, lane, scales, missing, score, scale);
+        Scores(job, p, tile + own, SeenByAll(tile), lane, scales, missing, score, scale);
     uint32_t packed[2][2], weight[kColumns / 2][2];
     rows->WeighTwo(score, scale, largest, (lane & 2) == 2 * (tile & job.pair_mask), &two, packed);
-    typename Value::Levels value_levels;
-    if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
-    if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
+    const ValueLevels value_levels = LoadValueLevels(key_levels);
     const auto add_values = [&](const uint32_t (&of)[2]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) Rows::Spread(of[half], half, weight);
@@ -272,19 +294,12 @@ struct DecodeBlock {
     const uint32_t value_at = at + S::kValue + part * S::kValueTile;
     const uint32_t scales_at = at + S::kKeyScales + part * S::kScalesTile;
     float sum[2][4] = {};
-    const typename Key::Levels key_levels = Key::LoadLevels(key);
-    typename Key::template Slice<kKeyChunks> k[2];
-    typename Value::template Slice<kValueChunks> v[2][2];
-    uint32_t scales[2][2];  // of K, V
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      k[i] = Key::template Load<kKeyChunks>(key_at + i * 8 * S::kKeyToken, key_codes);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t at = scales_at + S::kScaleBytes * (first_token + 8 * i);
-      scales[0][i] = S::LoadScale(at);
-      scales[1][i] = S::LoadScale(at + S::kValueScales - S::kKeyScales);
-    }
+    const KeyLevels key_levels = Key::LoadLevels(key);
+    KeySlice k[2];
+    ValueSlice v[2][2];
+    uint32_t scales[2][2];
+    LoadKeys(key_at, k);
+    LoadScales(scales_at, lane, scales);
     // V's codes arrive while K's products are made, where registers allow.
     const auto load_values = [&](int half) {
 #pragma unroll
@@ -321,8 +336,7 @@ struct DecodeBlock {
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) score[c] = sum[0][c] + sum[1][c];
-    const bool seen_by_all = static_cast<uint32_t>(tile - seen) < static_cast<uint32_t>(seen_count);
-    const float largest = Scores(job, p, tile, seen_by_all, lane, scales, missing, score, scale);
+    const float largest = Scores(job, p, tile, SeenByAll(tile), lane, scales, missing, score, scale);
     uint32_t weight[kColumns / 2][2];
     float p_of[4];
     rows->Weigh(score, scale, largest, weight, p_of, kSumsPairs && (tile & job.pair_mask) != 0);
@@ -330,9 +344,7 @@ struct DecodeBlock {
       __syncwarp();  // K's records are read
       outliers.StoreWeights(p_of, key_at, first_token, lane);
     }
-    typename Value::Levels value_levels;
-    if constexpr (Tables<Key, Value>::kTurned) value_levels = key_levels;
-    if (!Tables<Key, Value>::kTurned || !turned) value_levels = Value::LoadLevels(value);
+    const ValueLevels value_levels = LoadValueLevels(key_levels);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (D > 128) load_values(half);
