@@ -348,7 +348,7 @@ void SleepUntil(const std::function<bool()>& done, const char* what, Site site) 
   }
 }
 
-void NamedBarrier(int id, int count, bool wait, Site site) {
+void NamedBarrier(int id, int count, Site site) {
   NamedMeeting& meeting = named.at(id);
   if (meeting.arrived == 0) meeting.count = count;
   if (count % kWarp || meeting.count != count)
@@ -358,7 +358,7 @@ void NamedBarrier(int id, int count, bool wait, Site site) {
     meeting.arrived = 0;
     ++meeting.generation;
     WakeSleepers();
-  } else if (wait) {
+  } else {
     SleepUntil([&] { return meeting.generation != generation; }, "a barrier of some threads", site);
   }
 }

@@ -32,17 +32,35 @@ struct Copy {
   const void* from;
   uint32_t bytes, barrier;
 };
-struct Copies {
-  std::deque<std::vector<Copy>> groups;  // that the thread ended
-  std::vector<Copy> open;
+// What a thread has begun, in groups that it ends and waits for.
+template <class T>
+class Groups {
+ public:
+  void Add(const T& x) { open_.push_back(x); }
+  void Commit() {
+    ended_.push_back(std::move(open_));
+    open_.clear();
+  }
+  // Finishes all but the last `most` groups.
+  template <class Finish>
+  void Wait(int most, const Finish& finish) {
+    while (ended_.size() > static_cast<size_t>(most)) {
+      for (const T& x : ended_.front()) finish(x);
+      ended_.pop_front();
+    }
+  }
+
+ private:
+  std::deque<std::vector<T>> ended_;
+  std::vector<T> open_;
+};
+using Product = std::function<void()>;
+struct UnderWay {
+  Groups<Copy> copies;
+  Groups<Product> products;
   std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // addresses and bytes of its stores
 };
-std::array<Copies, kMostThreads> copies;
-struct Products {
-  std::deque<std::vector<std::function<void()>>> groups;
-  std::vector<std::function<void()>> open;
-};
-std::array<Products, kMostThreads> products;
+std::array<UnderWay, kMostThreads> under_way;
 std::vector<Copy> bulk;
 
 // In 8 bytes of shared memory.
@@ -108,7 +126,7 @@ void Deliver(const Copy& copy) {
 
 void MarkUnfenced(uint32_t address, uint32_t bytes) {
   EachState(address, bytes, [](uint8_t& state) { state |= kUnfenced; });
-  copies[Thread()].unfenced.emplace_back(address, bytes);
+  under_way[Thread()].unfenced.emplace_back(address, bytes);
 }
 
 Barrier* BarrierAt(uint32_t address, Site site) {
@@ -167,39 +185,19 @@ void CopyAsync(uint32_t to, const void* from, uint32_t bytes, Site site) {
   const Copy copy = {to, from, bytes, 0};
   Announce(copy, at);
   MarkUnfenced(to, bytes);
-  copies[Thread()].open.push_back(copy);
+  under_way[Thread()].copies.Add(copy);
 }
 
-void CopyCommit() {
-  Copies& own = copies[Thread()];
-  own.groups.push_back(std::move(own.open));
-  own.open.clear();
-}
+void CopyCommit() { under_way[Thread()].copies.Commit(); }
 
-void CopyWait(int groups) {
-  Copies& own = copies[Thread()];
-  while (own.groups.size() > static_cast<size_t>(groups)) {
-    for (const Copy& copy : own.groups.front()) Deliver(copy);
-    own.groups.pop_front();
-  }
-}
+void CopyWait(int groups) { under_way[Thread()].copies.Wait(groups, Deliver); }
 
-void AddProduct(const std::function<void()>& product) {
-  products[Thread()].open.push_back(product);
-}
+void AddProduct(const Product& product) { under_way[Thread()].products.Add(product); }
 
-void CommitProducts() {
-  Products& own = products[Thread()];
-  own.groups.push_back(std::move(own.open));
-  own.open.clear();
-}
+void CommitProducts() { under_way[Thread()].products.Commit(); }
 
 void WaitProducts(int groups) {
-  Products& own = products[Thread()];
-  while (own.groups.size() > static_cast<size_t>(groups)) {
-    for (const auto& product : own.groups.front()) product();
-    own.groups.pop_front();
-  }
+  under_way[Thread()].products.Wait(groups, [](const Product& make) { make(); });
 }
 
 void BarrierInit(uint32_t barrier, uint32_t count, Site site) {
@@ -254,7 +252,7 @@ bool DeliverBulkCopy() {
 }
 
 void ProxyFence() {
-  Copies& own = copies[Thread()];
+  UnderWay& own = under_way[Thread()];
   for (const auto& [address, bytes] : own.unfenced)
     EachState(address, bytes, [](uint8_t& state) { state &= static_cast<uint8_t>(~kUnfenced); });
   own.unfenced.clear();
@@ -279,12 +277,7 @@ std::string EndShared() {
   return {};
 }
 
-void ForgetCopies(int thread) {
-  copies[thread].groups.clear();
-  copies[thread].open.clear();
-  copies[thread].unfenced.clear();
-  products[thread] = {};
-}
+void ForgetCopies(int thread) { under_way[thread] = {}; }
 
 std::string SharedFault(const void* address) {
   const char* at = static_cast<const char*>(address);

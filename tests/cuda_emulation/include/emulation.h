@@ -61,8 +61,8 @@ T Shown(const char* all, int lane, int index = 0) {
 enum class Sync { kPlain, kAnd, kOr };
 bool Syncthreads(Sync kind, bool mine, Site site);
 
-// bar.sync with an id (bar.arrive: if not `wait`) of `count` threads of the block.
-void NamedBarrier(int id, int count, bool wait, Site site);
+// bar.sync with an id of `count` threads of the block.
+void NamedBarrier(int id, int count, Site site);
 
 // Sleeps until `done`, which other threads or copies bring about.
 void SleepUntil(const std::function<bool()>& done, const char* what, Site site);

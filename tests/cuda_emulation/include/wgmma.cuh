@@ -21,7 +21,7 @@ inline void ArriveAt(uint32_t barrier, HQMQ_HERE) { emulation::BarrierArrive(bar
 inline void FenceProducts() { emulation::ProxyFence(); }
 inline void SyncThreads(int id, int count, HQMQ_HERE) {
   Meet(Meeting::kSyncwarp, nullptr, 0, site);
-  emulation::NamedBarrier(id, count, true, site);
+  emulation::NamedBarrier(id, count, site);
 }
 template <int kRegisters>
 void MoreRegisters() {}
