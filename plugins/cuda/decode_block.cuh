@@ -336,7 +336,8 @@ struct DecodeBlock {
     }
 #pragma unroll
     for (int c = 0; c < 4; ++c) score[c] = sum[0][c] + sum[1][c];
-    const float largest = Scores(job, p, tile, SeenByAll(tile), lane, scales, missing, score, scale);
+    const float largest =
+        Scores(job, p, tile, SeenByAll(tile), lane, scales, missing, score, scale);
     uint32_t weight[kColumns / 2][2];
     float p_of[4];
     rows->Weigh(score, scale, largest, weight, p_of, kSumsPairs && (tile & job.pair_mask) != 0);
